@@ -1,0 +1,21 @@
+"""fds: models as pure functions over parameter trees; sharding, offload, adapters and precision as transformations that compose."""
+
+from fds import losses, optim, sharding, tree
+from fds.compiling import compile
+from fds.frame import with_seed, with_updates
+from fds.functional import functionalize
+from fds.grad import value_and_grad
+from fds.lora import fuse_lora, lora
+from fds.offload import offload
+from fds.precision import cast
+from fds.program import Lens, Program, Transform, around, at, chain, relayout, through
+from fds.remat import checkpoint
+from fds.sharding import replicate, shard
+from fds.train import NonFiniteError, TrainState, TrainStep, train_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Lens", "NonFiniteError", "Program", "TrainState", "TrainStep", "Transform", "around", "at", "cast", "chain", "checkpoint", "compile", "functionalize", "fuse_lora",
+    "lora", "losses", "offload", "optim", "relayout", "replicate", "shard", "sharding", "through", "train_step", "tree", "value_and_grad", "with_seed", "with_updates",
+]  # fmt: skip

@@ -1,0 +1,74 @@
+"""The private names of torch that fds uses, in one place, and the operator recipe that stands on them.
+
+They exist from torch 2.1 to 2.13. A torch without one of them fails here, at import, by name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from torch._C import _AutoDispatchBelowAutograd
+    from torch._C._functorch import peek_interpreter_stack
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+    from torch.autograd.function import _SingleLevelFunction
+except ImportError as error:
+    raise ImportError(f"fds needs a private name that torch {torch.__version__} lacks ({error}); use a torch between 2.1 and 2.13") from error
+
+_LIBRARY = torch.library.Library("fds", "FRAGMENT")
+_OPERATORS: dict[str, Callable[..., Any]] = {}
+
+
+def inside_functorch() -> bool:
+    """Whether a `torch.func` transformation is running."""
+    return peek_interpreter_stack() is not None
+
+
+def linear_operator(name: str, schema: str, *, primitive: Callable[..., Tensor], fake: Callable[..., Tensor], transpose: Callable[..., Tensor], batch: Callable[..., Tensor]) -> Callable[..., Tensor]:  # fmt: skip
+    """Define operator ``fds::name`` of one tensor, linear in it, that works under every transformation of torch.
+
+    Its derivative is itself, its transpose is `transpose(cotangent, *constants)`, so that nothing is saved. `primitive` runs on real
+    tensors, `fake` gives the shape, `batch(x, *constants)` handles a leading batch dimension. `schema` names the constants after ``Tensor x``.
+
+    It holds under eager autograd, `torch.func` in any nesting, `make_fx`, and `torch.compile` (strict and non-strict): the rule sits on the
+    Autograd key as a single-level Function, which each functorch level and AOTAutograd dispatch to in turn. A plain `autograd.Function` is
+    dropped silently by a strict compile of `torch.func.grad` in torch 2.13.
+    """
+    if name in _OPERATORS:
+        return _OPERATORS[name]
+    _LIBRARY.define(f"{name}({schema}) -> Tensor")
+    op = getattr(torch.ops.fds, name).default
+    _LIBRARY.impl(name, primitive, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fds::{name}", fake, lib=_LIBRARY)
+
+    class Rule(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, *constants: Any) -> Tensor:
+            # Without these two switches the gradients of nested transformations are zero.
+            with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+                out = op(x, *constants)
+            ctx.constants = constants
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+            return (transpose(g, *ctx.constants), *[None] * len(ctx.constants))
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+            return op(tangent, *ctx.constants)
+
+    def on_autograd(x: Tensor, *constants: Any) -> Tensor:
+        with enable_single_level_autograd_function():
+            return Rule.apply(x, *constants)
+
+    def on_vmap(info: Any, dims: tuple[int | None, ...], x: Tensor, *constants: Any) -> tuple[Tensor, int]:
+        return batch(x.movedim(dims[0] or 0, 0), *constants), 0
+
+    _LIBRARY.impl(name, on_autograd, "Autograd")
+    torch.library.register_vmap(f"fds::{name}", on_vmap, lib=_LIBRARY)
+    _OPERATORS[name] = op
+    return op

@@ -1,0 +1,90 @@
+"""Lowering: a whole step as one graph.
+
+Every compile of fds goes through `torch._dynamo.nonstrict_trace`: Dynamo calls the step, AOTAutograd traces through it, recompute and
+custom gradients included. A strict compile of `torch.func.grad` in torch 2.13 drops the backward of an `autograd.Function` without a word.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fds import tree
+from fds.program import Program, Transform, whole
+
+
+def traced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` itself in eager; one traced region, not inlined by Dynamo, inside anybody's `torch.compile`."""
+    nonstrict: Callable[..., Any] = torch._dynamo.nonstrict_trace(f)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return nonstrict(*args, **kwargs) if torch.compiler.is_compiling() else f(*args, **kwargs)
+
+    # Dynamo does not guard on which nonstrict function it saw: with one code object for all closures the graph compiled for the first
+    # would answer for every other, silently (torch 2.13). A code object of its own is guarded on.
+    own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+    return wraps(f)(own)
+
+
+def compile(f: Any = None, *, donate: bool = True, **options: Any) -> Any:
+    """Compile a train step, a program or a function of tensors as one graph (``fullgraph=True``).
+
+    * ``compile(step)`` for a `train_step`: forward, backward, collectives and optimizer in one graph. With `donate` the state that goes
+      in is overwritten in place and comes back as a new state; the old one is emptied, and using it raises.
+    * ``compile(program)``, or ``compile()`` last in a chain: the program with its call compiled.
+
+    `options` go to `torch.compile`. Works inside the user's own ``torch.compile(fullgraph=True)`` too, where it steps aside.
+
+    Law: values are those of the eager program, to the rounding of fused arithmetic.
+    """
+    from fds.train import TrainStep  # the front of a cycle: a step compiles itself by this function
+
+    if f is None or isinstance(f, Program):
+        t: Transform = whole(lambda p: _compiled_program(p, options), name="compile", options=options, provides=["whole"], conflicts=["whole"])
+        return t if f is None else t(f)
+    if isinstance(f, TrainStep):
+        return CompiledStep(f, donate, options)
+    if not callable(f):
+        raise ValueError(f"compile: got {type(f).__name__}, required a train step, a program or a function; or leave it out to get a transformation")
+    return torch.compile(traced(f), fullgraph=True, **options)
+
+
+def _compiled_program(program: Program, options: dict[str, Any]) -> Program:
+    import attrs
+
+    return attrs.evolve(program, apply=torch.compile(traced(program.apply), fullgraph=True, **options))
+
+
+class CompiledStep:
+    """A train step as one graph. Called like the step itself; `init` and the other attributes are the step's."""
+
+    def __init__(self, step: Any, donate: bool, options: dict[str, Any]) -> None:
+        self.step, self.donate = step, donate
+
+        def body(leaves: list[Tensor], batch: Any) -> Any:
+            new, metrics = step.region(leaves, batch)
+            if not donate:
+                return new, metrics
+            for old, value in zip(leaves, new, strict=True):
+                old.copy_(value)  # inside the graph: Inductor writes in place, no second copy of the state exists
+            return [], metrics
+
+        self._compiled = torch.compile(body, fullgraph=True, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
+
+    def __call__(self, state: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+        if torch.compiler.is_compiling():
+            return self.step(state, batch)
+        self.step.check(state, batch)
+        leaves = tree.flat(state)
+        new, metrics = self._compiled(leaves, batch)
+        if self.donate:
+            new = [t.detach() for t in leaves]
+            for t in leaves:
+                t.set_()  # type: ignore[call-overload]  # empties this handle; the storage lives on in the new state
+        return self.step.report(tree.rebuild(self.step.spec, iter(new)), metrics)

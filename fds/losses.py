@@ -1,0 +1,60 @@
+"""Loss functions ``loss(program, stored, batch) -> scalar`` (or ``(scalar, dict)``) for `train_step`.
+
+A loss may have a `weight(batch)`: how many terms its mean is over. Then microbatches and ranks are weighed by it, and the result is the
+mean over all terms of the global batch, however it is cut.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fds.program import Program
+
+_IGNORED = -100
+
+
+def causal_lm(program: Program, stored: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of the next token, in float32.
+
+    `batch` has the model's keyword arguments: ``input_ids`` [rows, length], optionally ``attention_mask`` and ``labels`` (default: the
+    tokens themselves, padding left out; -100 is ignored). Labels are shifted here.
+    """
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    logits = logits_of(program(stored, **inputs))
+    targets = _labels(batch)[:, 1:].reshape(-1)
+    terms = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=_IGNORED, reduction="sum")
+    return terms / causal_lm.weight(batch).clamp(min=1)
+
+
+def _labels(batch: dict[str, Tensor]) -> Tensor:
+    if "labels" in batch:
+        return batch["labels"]
+    if "input_ids" not in batch:
+        raise ValueError(f"causal_lm: the batch has {sorted(batch)}, required 'input_ids' (and optionally 'attention_mask', 'labels')")
+    mask = batch.get("attention_mask")
+    return batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, _IGNORED)
+
+
+def _causal_weight(batch: dict[str, Tensor]) -> Tensor:
+    return (_labels(batch)[:, 1:] != _IGNORED).sum()
+
+
+causal_lm.weight = _causal_weight  # type: ignore[attr-defined]
+
+
+def model_loss(program: Program, stored: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The loss that the model itself computes from ``labels`` in the batch (encoder-decoders, classifiers)."""
+    loss = getattr(program(stored, **batch), "loss", None)
+    if not isinstance(loss, torch.Tensor):
+        raise ValueError("model_loss: the model returned no `loss`; put `labels` into the batch, or write loss(program, stored, batch)")
+    return loss
+
+
+def logits_of(out: Any) -> Tensor:
+    """The logits in a model's output: its `logits`, or the output itself if it is a tensor."""
+    logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"the model returned {type(out).__name__} without `logits`; write your own loss(program, stored, batch)")
+    return logits

@@ -1,0 +1,146 @@
+"""The optimizer pair, and how pairs combine.
+
+An `Optimizer` is two pure functions, as in optax: `init(params) -> state` and `update(grads, state, params, norm=...) -> (updates, state)`;
+the new parameters are ``params + updates``. States are named tuples and dictionaries of tensors. Hyperparameters are 0-D tensors in the state,
+so a new learning rate is new data, not a new graph.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import optree
+import torch
+from torch import Tensor
+
+from fds import tree
+
+Norm = Callable[[Any], Tensor]
+
+
+class Axis(Protocol):
+    """A mesh axis, as far as an optimizer has to know one."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def group(self) -> str: ...
+    def sum(self, x: Tensor) -> Tensor: ...
+
+
+def _as_they_are(grads: Any) -> Any:
+    return grads
+
+
+class Optimizer(NamedTuple):
+    """A pair of pure functions over any tree of tensors.
+
+    * `init(params) -> state`
+    * `update(grads, state, params, norm=f) -> (updates, state)`. `norm(grads)` is the global L2 norm; the caller passes one that is right
+      over shards. The default is that of the tree alone.
+    * `reduce(grads) -> grads`: gradients as `update` takes them. `sharded` reduce-scatters here; then leaves are split over `axis`.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    reduce: Callable[[Any], Any] = _as_they_are
+    axis: Axis | None = None
+
+
+def chain(*optimizers: Optimizer) -> Optimizer:
+    """Apply optimizers one after the other, each to the updates of the one before. ``chain()`` passes gradients through.
+
+    A `sharded` optimizer cannot stand in a chain: shard the chain, ``sharded(chain(...), axis)``, so that every part sees the shards.
+    """
+    if any(o.axis is not None for o in optimizers):
+        raise ValueError("optim.chain: a sharded optimizer inside of a chain; shard the whole, as in sharded(chain(clip_by_global_norm(1.0), adamw(1e-3)), axis)")
+
+    def init(params: Any) -> tuple[Any, ...]:
+        return tuple(o.init(params) for o in optimizers)
+
+    def update(grads: Any, state: tuple[Any, ...], params: Any, *, norm: Norm = tree.norm) -> tuple[Any, tuple[Any, ...]]:
+        states = list[Any]()
+        for o, s in zip(optimizers, state, strict=True):
+            grads, s = o.update(grads, s, params, norm=norm)
+            states.append(s)
+        return grads, tuple(states)
+
+    return Optimizer(init, update)
+
+
+def stateless(f: Callable[[Any, Any], Any]) -> Optimizer:
+    """An optimizer from a function ``f(grads, params) -> updates``."""
+    return Optimizer(lambda params: (), lambda grads, state, params, *, norm=tree.norm: (f(grads, params), state))
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """``params + updates`` in the parameters' dtype, leaf by leaf.
+
+    >>> apply_updates({"w": torch.ones(1)}, {"w": torch.full((1,), 0.5)})
+    {'w': tensor([1.5000])}
+    """
+    return tree.map(lambda p, u: (p + u).to(p.dtype), params, updates)
+
+
+# --- hyperparameters ---
+
+Hyper = dict[str, Tensor]
+Schedule = Callable[[Tensor], Tensor]
+
+
+def hyperparams(**values: float | Tensor | Schedule) -> Hyper:
+    """0-D float64 tensors of the numbers among `values`.
+
+    float64, so that 1 - 0.999 keeps its digits; a 0-D tensor does not change the dtype of what it multiplies.
+    """
+    return {k: torch.as_tensor(v, dtype=torch.float64).clone() for k, v in values.items() if not callable(v)}
+
+
+def checked(name: str, value: Any, *, low: float = 0.0, below: float = float("inf")) -> Any:
+    """`value` if it is a schedule or a number in [low, below); else `ValueError`."""
+    if callable(value):
+        return value
+    if not low <= float(value) < below:
+        raise ValueError(f"{name}={value!r}, required {low:g} <= {name}{f' < {below:g}' if below < float('inf') else ''}")
+    return value
+
+
+def get_hyperparams(state: Any) -> dict[str, float]:
+    """All hyperparameters in an optimizer's state, as numbers; on equal names the outermost part of a chain wins."""
+    found: dict[str, float] = {}
+    for hyper in _hypers(state):
+        for k, v in hyper.items():
+            found.setdefault(k, float(v))
+    return found
+
+
+def set_hyperparams(state: Any, **values: float) -> Any:
+    """The same state with other hyperparameters, for example ``set_hyperparams(state, learning_rate=1e-4)``.
+
+    Raises `ValueError` for a name that no part of the state has (a learning rate that is a schedule has no entry).
+
+    >>> from fds import optim
+    >>> state = optim.sgd(0.1).init({"w": torch.zeros(1)})
+    >>> get_hyperparams(set_hyperparams(state, learning_rate=0.5))["learning_rate"]
+    0.5
+    """
+    known = get_hyperparams(state)
+    for name in values:
+        if name not in known:
+            raise ValueError(f"set_hyperparams: no hyperparameter {name!r} in this state; {tree.suggest(name, known)}")
+
+    def replace(x: Any) -> Any:
+        if _is_hyper(x):
+            return x._replace(hyper={k: torch.as_tensor(values[k], dtype=v.dtype, device=v.device).clone() if k in values else v for k, v in x.hyper.items()})
+        return x
+
+    return optree.tree_map(replace, state, is_leaf=_is_hyper)
+
+
+def _is_hyper(x: Any) -> bool:
+    return isinstance(x, tuple) and "hyper" in getattr(x, "_fields", ())
+
+
+def _hypers(state: Any) -> list[Mapping[str, Tensor]]:
+    return [x.hyper for x in optree.tree_leaves(state, is_leaf=_is_hyper) if _is_hyper(x)]

@@ -1,0 +1,129 @@
+"""Update rules: SGD, AdamW, clipping, scaling by a schedule."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fds import tree
+from fds.optim.base import Hyper, Norm, Optimizer, Schedule, checked, hyperparams, stateless
+
+Rate = float | Tensor | Schedule
+
+
+class RuleState(NamedTuple):
+    """State of a rule: updates so far (0-D int64), its moments by name, its hyperparameters."""
+
+    count: Tensor
+    moments: dict[str, Any]
+    hyper: Hyper
+
+
+def _count(params: Any) -> Tensor:
+    device = next((x.device for x in tree.leaves(params)), None)
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def _moment(params: Any) -> Any:
+    """Zeros like `params`, in float32 for low-precision parameters: a second moment below 2^-24 is lost in bfloat16."""
+    return tree.map(lambda p: torch.zeros_like(p, dtype=torch.float32 if p.element_size() < 4 else p.dtype), params)
+
+
+def _rate(rate: Rate, state: RuleState) -> Tensor:
+    return rate(state.count) if callable(rate) and not isinstance(rate, Tensor) else state.hyper["learning_rate"]
+
+
+def _to(hyper: Hyper, params: Any) -> Hyper:
+    """Hyperparameters beside the parameters."""
+    device = next((x.device for x in tree.leaves(params)), None)
+    return {k: v.to(device) for k, v in hyper.items()}
+
+
+def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
+    """Stochastic gradient descent; the numerics of `torch.optim.SGD` (weight decay added to the gradient, first momentum = gradient).
+
+    >>> updates, _ = sgd(0.1).update({"w": torch.ones(1)}, sgd(0.1).init({"w": torch.ones(1)}), {"w": torch.ones(1)})
+    >>> updates["w"]
+    tensor([-0.1000])
+    """
+    checked("learning_rate", learning_rate), checked("momentum", momentum, below=1.0), checked("weight_decay", weight_decay)
+    if nesterov and not momentum:
+        raise ValueError("sgd: nesterov=True with momentum=0.0; required momentum > 0")
+
+    def init(params: Any) -> RuleState:
+        moments = {"momentum": _moment(params)} if momentum else {}
+        return RuleState(_count(params), moments, _to(hyperparams(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay), params))
+
+    def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
+        h, rate = state.hyper, _rate(learning_rate, state)
+        grads = tree.map(lambda g, p: g + h["weight_decay"] * p, grads, params) if weight_decay else grads
+        moments, step = dict[str, Any](), grads
+        if momentum:
+            moments["momentum"] = step = tree.map(lambda m, g: h["momentum"] * m + g, state.moments["momentum"], grads)
+            step = tree.map(lambda g, m: g + h["momentum"] * m, grads, step) if nesterov else step
+        return tree.map(lambda s: -rate * s, step), RuleState(state.count + 1, moments, h)
+
+    return Optimizer(init, update)
+
+
+def adamw(learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
+    """Adam with decoupled weight decay; the numerics of `torch.optim.AdamW`. Moments are float32 for low-precision parameters.
+
+    Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+    """
+    checked("learning_rate", learning_rate), checked("b1", b1, below=1.0), checked("b2", b2, below=1.0), checked("eps", eps), checked("weight_decay", weight_decay)
+
+    def init(params: Any) -> RuleState:
+        hyper = hyperparams(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+        return RuleState(_count(params), {"mu": _moment(params), "nu": _moment(params)}, _to(hyper, params))
+
+    def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
+        h, rate, count = state.hyper, _rate(learning_rate, state), state.count + 1
+        first, second = 1 - h["b1"] ** count, (1 - h["b2"] ** count).sqrt()
+        mu = tree.map(lambda m, g: m + (1 - h["b1"]) * (g.to(m.dtype) - m), state.moments["mu"], grads)
+        nu = tree.map(lambda v, g: h["b2"] * v + (1 - h["b2"]) * g.to(v.dtype).square(), state.moments["nu"], grads)
+
+        def step(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
+            return -(rate / first) * (m / (v.sqrt() / second + h["eps"])) - (rate * h["weight_decay"]) * p
+
+        return tree.map(step, mu, nu, params), RuleState(count, {"mu": mu, "nu": nu}, h)
+
+    return Optimizer(init, update)
+
+
+class ClipState(NamedTuple):
+    """State of clipping: the bound."""
+
+    hyper: Hyper
+
+
+def clip_by_global_norm(max_norm: float) -> Optimizer:
+    """Scale gradients down so that their global L2 norm is at most `max_norm` (as `torch.nn.utils.clip_grad_norm_`).
+
+    The norm is the one the caller passes to `update`: over all shards, in a train step.
+    Pascanu et al. 2013, arXiv:1211.5063.
+    """
+    checked("max_norm", max_norm)
+    if not max_norm > 0:
+        raise ValueError(f"clip_by_global_norm: max_norm={max_norm!r}, required > 0")
+
+    def update(grads: Any, state: ClipState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, ClipState]:
+        factor = (state.hyper["max_norm"] / (norm(grads) + 1e-6)).clamp(max=1.0)
+        return tree.map(lambda g: g * factor.to(g.device), grads), state
+
+    return Optimizer(lambda params: ClipState(_to(hyperparams(max_norm=max_norm), params)), update)
+
+
+def scale(factor: float) -> Optimizer:
+    """Multiply updates by a number."""
+    return stateless(lambda grads, params: tree.map(lambda g: factor * g, grads))
+
+
+def scale_by_schedule(schedule: Schedule) -> Optimizer:
+    """Multiply updates by ``schedule(count)``, count = updates so far; after ``adamw(1.0)`` it is the learning rate."""
+
+    def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
+        factor = schedule(state.count)
+        return tree.map(lambda g: factor.to(g.device) * g, grads), state._replace(count=state.count + 1)
+
+    return Optimizer(lambda params: RuleState(_count(params), {}, {}), update)

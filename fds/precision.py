@@ -1,0 +1,70 @@
+"""`cast`: compute in another dtype than parameters are stored in."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attrs
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fds import tree
+from fds.frame import Apply
+from fds.program import Lens, Program, Transform, around, parameters, through
+from fds.tree import Params
+
+
+def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transform:
+    """Compute with parameters in `dtype`; what is stored stays as it was, so the master weights are the stored ones.
+
+    Gradients come back in the stored dtype. Outside of `shard` (later in the chain) the wire carries `dtype`; inside of it, the stored
+    dtype. Floating-point arguments of the model are cast as well; buffers are not.
+
+    Args:
+        dtype: a floating dtype or its name, ``"bfloat16"``.
+        keep: patterns of leaves that stay in the stored dtype (``"*norm*"``).
+
+    Law: `restore` is exact; `get` declares the dtype's epsilon as tolerance.
+    """
+    dtype = _dtype(dtype)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), **({"keep": keep} if keep else {})}
+
+    def make(spec: Params) -> Lens | None:
+        changed = {k for k, v in spec.items() if v.is_floating_point() and v.dtype != dtype and not any(tree.matches(p, k) for p in keep)}
+        if not changed:
+            return None
+
+        def get(stored: Params) -> Params:
+            return {k: v.to(dtype) if k in changed else v for k, v in stored.items()}
+
+        return Lens(put=lambda p: p, get=get, restore=lambda s: s, tol=torch.finfo(dtype).eps)
+
+    def check(program: Program) -> None:
+        if keep:
+            tree.select([k for p in (program.sites or {"": program}).values() for k in parameters(p)], keep, what="cast(keep=...)")
+
+    lens = through(make, name="cast", options=options, conflicts=["whole"], check=check)
+    inputs = around(lambda apply: _cast_inputs(apply, dtype), name="cast", scope="root")
+    return attrs.evolve(lens, wrap=inputs.wrap, scope="root")
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        names = ["bfloat16", "float16", "float32", "float64"]
+        raise ValueError(f"cast: {dtype!r} is not a floating dtype; {tree.suggest(str(dtype), names)}")
+    return named
+
+
+def _cast_inputs(apply: Apply, dtype: torch.dtype) -> Apply:
+    def convert(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    def run(stored: Params, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(convert, (args, kwargs))
+        return apply(stored, *args, **kwargs)
+
+    return run
+
+

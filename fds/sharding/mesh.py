@@ -1,0 +1,120 @@
+"""Meshes of ranks, over `torch.distributed`'s `DeviceMesh`: `mesh(dp=2)["dp"]` is the `Axis` that transformations take."""
+
+import math
+import os
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fds import tree
+from fds.sharding import collectives
+
+
+@attrs.frozen
+class Axis:
+    """One axis of a mesh, as seen by this rank: its size, the rank's place on it, and the *name* of its process group.
+
+    A value without process handles: it prints, compares, and goes into transformations and compiled graphs.
+    """
+
+    name: str
+    size: int
+    rank: int = attrs.field(eq=False, repr=False)
+    group: str = attrs.field(repr=False, default="")
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the axis, on every rank."""
+        return collectives.total(x, self)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of `x` over the axis, on every rank."""
+        return self.sum(x) / self.size
+
+    def barrier(self) -> None:
+        """Wait until every rank of the axis is here."""
+        if self.size > 1:
+            dist.barrier(group=collectives.process_group(self.group))
+
+
+class Mesh:
+    """Named axes over the ranks of a job: ``mesh["dp"]`` is an `Axis`; ``mesh.device`` is this rank's device."""
+
+    def __init__(self, axes: dict[str, Axis], device: torch.device) -> None:
+        self.axes, self.device = axes, device
+
+    def __getitem__(self, name: str) -> Axis:
+        if name not in self.axes:
+            raise ValueError(f"mesh: no axis {name!r}; {tree.suggest(name, self.axes)}")
+        return self.axes[name]
+
+    @property
+    def size(self) -> int:
+        """Ranks in the mesh."""
+        return math.prod(a.size for a in self.axes.values())
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the mesh, counted along the last axis first."""
+        rank = 0
+        for a in self.axes.values():
+            rank = rank * a.size + a.rank
+        return rank
+
+    def __repr__(self) -> str:
+        return f"Mesh({', '.join(f'{a.name}={a.size}' for a in self.axes.values())})"
+
+
+def mesh(**sizes: int) -> Mesh:
+    """A mesh of the job's ranks, for example ``mesh(dp=2)`` or ``mesh(dp=-1, tp=2)``; one size may be -1, "what is left".
+
+    Under `torchrun` (``WORLD_SIZE`` in the environment) it starts the process group if nobody has: nccl where CUDA is, else gloo. In a
+    single process it needs no group at all.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of ranks.
+
+    >>> mesh(dp=1)["dp"]
+    Axis(name='dp', size=1)
+    """
+    world = _start()
+    sizes = _resolve(sizes, world)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if world == 1:
+        return Mesh({n: Axis(n, 1, 0) for n in sizes}, device)
+    from torch.distributed.device_mesh import init_device_mesh  # costs import time, needed only with several ranks
+
+    ranks = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return Mesh({n: _axis(ranks, n, size) for n, size in sizes.items()}, device)
+
+
+def _axis(ranks: Any, name: str, size: int) -> Axis:
+    group = ranks.get_group(name)
+    return Axis(name, size, dist.get_rank(group), group.group_name if size > 1 else "")
+
+
+def _start() -> int:
+    """The number of ranks, with the process group running if there is more than one."""
+    if not dist.is_available():
+        return 1
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_initialized() and world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _resolve(sizes: dict[str, int], world: int) -> dict[str, int]:
+    if not sizes:
+        raise ValueError("mesh: no axis given; name at least one, as in mesh(dp=-1)")
+    bad = {n: s for n, s in sizes.items() if not isinstance(s, int) or (s < 1 and s != -1)}
+    free = [n for n, s in sizes.items() if s == -1]
+    if bad or len(free) > 1:
+        raise ValueError(f"mesh: sizes {sizes}: each has to be a positive whole number, and at most one -1")
+    fixed = math.prod(s for s in sizes.values() if s != -1)
+    if world % fixed or (not free and fixed != world):
+        raise ValueError(f"mesh: sizes {sizes} multiply to {fixed}, the job has {world} rank{'s'[: world > 1]}; start it with `torchrun --nproc-per-node {fixed}`, or use {next(iter(sizes))}=-1")
+    return {n: world // fixed if s == -1 else s for n, s in sizes.items()}

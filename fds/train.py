@@ -1,0 +1,217 @@
+"""The train step: a pure function ``(state, batch) -> (state, metrics)``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import attrs
+import torch
+from torch import Tensor
+
+from fds import losses, tree
+from fds.compiling import traced
+from fds.frame import scoped, with_updates
+from fds.grad import value_and_grad
+from fds.optim import Optimizer, apply_updates
+from fds.program import Axis, Program
+from fds.randomness import fold
+from fds.tree import Params, Stored
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[Program, Any, Any], Any]
+
+
+class NonFiniteError(ValueError):
+    """The loss or a gradient was not finite, and `on_nonfinite` says "raise"."""
+
+
+class TrainState(NamedTuple):
+    """All that a step carries on: a tree of tensors."""
+
+    params: Stored  # stored parameters and buffers
+    optimizer: Any
+    step: Tensor  # 0-D int64: calls so far, skipped ones included
+    rng: Tensor  # 0-D int64: the seed of all dropout
+    skipped: Tensor  # 0-D int64: steps left out because something was not finite
+
+
+@attrs.frozen(eq=False)
+class TrainStep:
+    """See `train_step`."""
+
+    program: Program
+    tx: Optimizer
+    loss: Loss
+    microbatches: int
+    on_nonfinite: str
+    seed: int
+    region: Callable[..., tuple[list[Tensor], dict[str, Any]]] = attrs.field(init=False, repr=False)
+    spec: TrainState = attrs.field(init=False, repr=False)  # the abstract state: meta tensors
+
+    def __attrs_post_init__(self) -> None:
+        # Lists and dictionaries only at the border of the traced region: Dynamo cannot build named tuples there (torch 2.13).
+        def region(leaves: list[Tensor], batch: Batch) -> tuple[list[Tensor], dict[str, Any]]:
+            state, metrics = _step(self, tree.rebuild(self.spec, iter(leaves)), batch)
+            return tree.flat(state), metrics
+
+        object.__setattr__(self, "region", traced(region))
+        object.__setattr__(self, "spec", self._state(self.program.spec))
+
+    def pure(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """The step as one traced region, without checks."""
+        leaves, metrics = self.region(tree.flat(state), batch)
+        return tree.rebuild(self.spec, iter(leaves)), metrics
+
+    def init(self, params: Params) -> TrainState:
+        """The state before the first step, from logical parameters. Its tensors are its own: `params` may be thrown away or kept."""
+        stored = self.program.place(params)
+        theirs = {t.untyped_storage().data_ptr() for t in params.values() if not t.is_meta}
+        with torch.no_grad():
+            stored = tree.map(lambda t: t.clone() if t.is_meta or t.untyped_storage().data_ptr() in theirs else t.detach(), stored)
+        return self._state(stored)
+
+    def _state(self, stored: Stored) -> TrainState:
+        zero = torch.zeros((), dtype=torch.int64)
+        return TrainState(stored, self.tx.init(self.program.trainable(stored)), zero, zero + self.seed, zero.clone())
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        if torch.compiler.is_compiling():
+            return self.pure(state, batch)
+        self.check(state, batch)
+        return self.report(*self.pure(state, batch))
+
+    @property
+    def data_axes(self) -> tuple[Axis, ...]:
+        """The axes over which ranks see different rows: the program's, and that of a sharded optimizer."""
+        return tuple(dict.fromkeys([*self.program.data_axes, *([self.tx.axis] if self.tx.axis is not None else [])]))
+
+    def check(self, state: TrainState, batch: Batch) -> None:
+        """Raise `ValueError` for a state of another program, a donated state, or a batch that does not divide."""
+        if not isinstance(state, TrainState):
+            raise ValueError(f"train step: state is {type(state).__name__}, required the TrainState that step.init(params) or the last step returned")
+        tree.check_like(state.params, self.program.spec, what="the state")
+        for name, x in batch.items():
+            if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % self.microbatches or not x.shape[0]:
+                got = f"{x.shape[0]} rows" if isinstance(x, Tensor) and x.dim() else repr(x)
+                raise ValueError(f"batch[{name!r}]: {got} do not divide into {self.microbatches} microbatches; change the batch or microbatches=")
+
+    def report(self, state: TrainState, metrics: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        """`state` and `metrics` as they are; with ``on_nonfinite="raise"``, an error for a step that was skipped."""
+        if self.on_nonfinite == "raise" and bool(metrics["was_skipped"]):
+            leaves = [k for k, bad in metrics["nonfinite"].items() if bool(bad)]
+            raise NonFiniteError(f"step {int(state.step) - 1}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; not finite: {', '.join(leaves) or 'the loss'}; the parameters are unchanged; lower the learning rate, or on_nonfinite='skip'")
+        return state, metrics
+
+
+def train_step(program: Program, tx: Optimizer, *, loss: Loss = losses.causal_lm, microbatches: int = 1, on_nonfinite: str = "skip", seed: int = 0) -> TrainStep:
+    """A pure train step: ``step.init(params) -> state``, ``step(state, batch) -> (state, metrics)``. Compile it with `fds.compile`.
+
+    Args:
+        program: what to train, with its transformations; `tx` updates its trainable leaves.
+        loss: ``loss(program, stored, batch) -> scalar`` or ``(scalar, dict of 0-D metrics)``. A mean over rows is averaged over microbatches
+            and ranks; a loss with a `weight(batch)`, as `losses.causal_lm` has, gives the exact mean over the global batch's terms.
+        microbatches: parts that a batch's rows are cut into; gradients are summed over them.
+        on_nonfinite: "skip" a step whose loss or gradient is not finite (counted in ``metrics["skipped"]``, parameters and optimizer
+            unchanged), or "raise" `NonFiniteError`.
+        seed: of all dropout; masks depend on it, the step, and the row's place in the global batch.
+
+    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
+    ``nonfinite`` ({leaf: 0-D bool}), and what the loss added.
+
+    Law: n ranks or microbatches follow one process on the global batch.
+    """
+    if microbatches < 1:
+        raise ValueError(f"train_step: microbatches={microbatches}, required >= 1")
+    if on_nonfinite not in ("skip", "raise"):
+        raise ValueError(f"train_step: on_nonfinite={on_nonfinite!r}; {tree.suggest(on_nonfinite, ['skip', 'raise'])}")
+    if not any(x.requires_grad for x in tree.named(program.spec).values()):
+        raise ValueError("train_step: the program has no trainable leaf (after fuse_lora, or all frozen); train the program before fusing")
+    return TrainStep(program, tx, loss, microbatches, on_nonfinite, seed)
+
+
+def _step(step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    program, tx = step.program, step.tx
+    value, grads, updates, aux = _accumulate(step, state, batch)
+    grads = tx.reduce(program.trainable(grads))
+    squares = _squares(step, grads)
+    norm = torch.stack(list(squares.values())).sum().sqrt()
+    ok = torch.isfinite(value) & torch.isfinite(norm)
+    old = program.trainable(state.params)
+    change, optimizer = tx.update(grads, state.optimizer, old, norm=lambda _: norm)
+    new = apply_updates(old, change)
+
+    def chosen(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(ok.to(old.device), new, old)
+
+    trained = tree.map(chosen, new, old)
+    params = {s: {k: trained[s].get(k, updates.get(s, {}).get(k, v)) for k, v in part.items()} for s, part in state.params.items()}
+    state = TrainState(params, tree.map(chosen, optimizer, state.optimizer), state.step + 1, state.rng.clone(), state.skipped + ~ok)
+    metrics = {"loss": value, "grad_norm": norm, "skipped": state.skipped.clone(), "was_skipped": ~ok, "nonfinite": {k: ~torch.isfinite(v) for k, v in squares.items()}, **aux}
+    return state, metrics
+
+
+def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tensor, Stored, Stored, dict[str, Tensor]]:
+    """Loss, gradients, updated buffers and further metrics of all microbatches; each microbatch's part is scaled so that the sum is the mean."""
+    m, axes = step.microbatches, step.data_axes
+    parts = [{k: x.chunk(m)[i] for k, x in batch.items()} for i in range(m)]
+    shares = _shares(step, parts)
+    seed, block = fold(state.rng, state.step), _block(axes)
+    value, grads, updates, aux = torch.zeros(()), None, dict[str, Params](), dict[str, Tensor]()
+    for i, part in enumerate(parts):
+        params = {s: {**leaves, **updates.get(s, {})} for s, leaves in state.params.items()}
+        with scoped(seed=seed, block=block * m + i):
+            (v, (extra, new)), g = value_and_grad(_with_aux(step, shares[i]), has_aux=True, wrt=step.program)(params, part)
+        grads = g if grads is None else tree.map(torch.add, grads, g)
+        value, updates = value + v.float(), new or updates
+        aux = {k: aux.get(k, 0.0) + x / m for k, x in extra.items()}
+    assert grads is not None
+    return _mean(value, axes), grads, _mean(updates, axes), _mean(aux, axes)
+
+
+def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:
+    def f(stored: Stored, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Stored]]:
+        out, updates = with_updates(step.loss)(step.program, stored, batch)
+        value, extra = out if isinstance(out, tuple) else (out, {})
+        return value * share, (extra, updates)
+
+    return f
+
+
+def _shares(step: TrainStep, parts: list[Batch]) -> list[Tensor | float]:
+    """What each microbatch's mean counts for in this rank's mean, such that the mean over ranks is that over all terms."""
+    weigh = getattr(step.loss, "weight", None)
+    if weigh is None:
+        return [1.0 / len(parts)] * len(parts)
+    weights = torch.stack([weigh(p) for p in parts]).float()
+    total, ranks = weights.sum(), 1
+    for a in step.data_axes:
+        total, ranks = a.sum(total), ranks * a.size
+    return list((weights * ranks / total.clamp(min=1)).unbind())
+
+
+def _block(axes: tuple[Axis, ...]) -> int:
+    block = 0
+    for a in axes:
+        block = block * a.size + a.rank
+    return block
+
+
+def _mean(x: Any, axes: tuple[Axis, ...]) -> Any:
+    """Mean of the floating leaves over the data axes (buffers as integer counts are the same everywhere)."""
+    for a in axes:
+        x = tree.map(lambda t, a=a: a.sum(t) / a.size if t.is_floating_point() else t, x)
+    return x
+
+
+def _squares(step: TrainStep, grads: Any) -> dict[str, Tensor]:
+    """The sum of squares of every gradient leaf, over all the ranks it is split over; one small reduction per set of axes."""
+    split = step.tx.axis is not None
+    leaves = dict(grads) if split else tree.named(grads)
+    over = {k: (step.tx.axis,) for k in leaves} if split else tree.named({s: {k: step.program.sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()})
+    out = {k: tree.square_sum([g]) for k, g in leaves.items()}
+    for axes in dict.fromkeys(over.values()):
+        keys = [k for k in leaves if over[k] == axes]
+        sums = torch.stack([out[k] for k in keys])
+        for a in axes:
+            sums = a.sum(sums)
+        out |= dict(zip(keys, sums.unbind(), strict=True))
+    return out

@@ -1,0 +1,165 @@
+"""Trees of tensors: walking, selecting by name, naming what is wrong.
+
+Two shapes of tree run through fds. `Params` is flat, ``{"model.layers.0.mlp.up_proj.weight": tensor}``: the logical view, named as the
+module names its leaves. `Stored` has one more level, the site: ``{"": {...}, "model.layers.0": {...}}``.
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Stored = dict[str, dict[str, Tensor]]
+
+
+def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply `f` to every leaf of `tree` (and to the leaves at the same place in `rest`).
+
+    >>> map(lambda x: x + 1, {"a": 1, "b": (2, 3)})
+    {'a': 2, 'b': (3, 4)}
+    """
+    return optree.tree_map(f, tree, *rest)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of `tree`, in optree's order (dictionary keys sorted).
+
+    >>> leaves({"b": 2, "a": [1]})
+    [1, 2]
+    """
+    return optree.tree_leaves(tree)
+
+
+def flat(tree: Any) -> list[Tensor]:
+    """The tensors of nested dictionaries, lists and (named) tuples, in order; plain Python, so that Dynamo can follow it."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree
+    return [x for part in parts for x in flat(part)]
+
+
+def rebuild(like: Any, values: Iterator[Tensor]) -> Any:
+    """The tree `like` with its tensors replaced by `values`, in the order of `flat`."""
+    if isinstance(like, Tensor):
+        return next(values)
+    if isinstance(like, dict):
+        return {k: rebuild(v, values) for k, v in like.items()}
+    parts = [rebuild(v, values) for v in like]
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+
+
+def named(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The leaves of a stored tree under one name each: ``site/leaf``, or the leaf alone where its name says its site.
+
+    >>> named({"": {"norm.weight": 1}, "h.0": {"h.0.up.weight": 2, "shard.float32": 3}})
+    {'norm.weight': 1, 'h.0.up.weight': 2, 'h.0/shard.float32': 3}
+    """
+    return {qualified(site, k): v for site, part in stored.items() for k, v in part.items()}
+
+
+def qualified(site: str, name: str) -> str:
+    """The unique name of leaf `name` at `site`."""
+    return name if not site or name.startswith(site + ".") else f"{site}/{name}"
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all tensors of `tree`; expanded (stride-0) dimensions count once, as they hold no memory.
+
+    >>> nbytes({"a": torch.zeros(4), "b": torch.zeros(2, dtype=torch.bfloat16)})
+    20
+    """
+    return sum(_held(x) * x.element_size() for x in leaves(tree) if isinstance(x, Tensor))
+
+
+def _held(x: Tensor) -> int:
+    n = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        n *= size if stride else min(size, 1)
+    return n
+
+
+def norm(tree: Any) -> Tensor:
+    """Global L2 norm over all leaves, accumulated in float32; a 0-D float32 tensor.
+
+    >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
+    return square_sum(leaves(tree)).sqrt()
+
+
+def square_sum(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, accumulated in float32; a 0-D tensor (0 for no tensors)."""
+    parts = [t.float().square().sum() for t in tensors]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def matches(pattern: str, leaf: str) -> bool:
+    """Whether the shell pattern names the leaf itself or a module that contains it.
+
+    >>> matches("*.[qv]_proj", "model.layers.0.self_attn.q_proj.weight"), matches("*.q_proj", "model.layers.0.mlp.up_proj.weight")
+    (True, False)
+    """
+    parts = leaf.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+def select(names: Iterable[str], patterns: str | Iterable[str], *, what: str) -> list[str]:
+    """The names that at least one pattern matches, in order; every pattern has to match something.
+
+    Raises `ValueError` with the nearest existing names for a pattern that matches nothing: a selection that is silently empty is the
+    commonest way to train nothing.
+
+    >>> select(["h.0.up.weight", "h.0.down.weight"], "*.up", what="targets")
+    ['h.0.up.weight']
+    """
+    names = list(names)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(matches(pattern, n) for n in names):
+            raise ValueError(f"{what}: pattern {pattern!r} matches no leaf; {_near(pattern, names)}")
+    return [n for n in names if any(matches(p, n) for p in patterns)]
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    """The closest names to a pattern that matched nothing: whole paths first, then their last parts."""
+    paths = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
+    tails = {p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()}
+    wanted = pattern.strip("*.?")
+    close = difflib.get_close_matches(wanted, sorted(paths), 3, 0.75) or difflib.get_close_matches(wanted.rsplit(".", 1)[-1], sorted(tails), 3, 0.4)
+    return f"did you mean {' or '.join(repr('*.' + c if c in tails else c) for c in close)}?" if close else f"there are {', '.join(sorted(tails)[:12])}"
+
+
+def suggest(given: str, allowed: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for a word near an allowed one, else the list of what is allowed.
+
+    >>> suggest("mena", ["mean", "sum"])
+    "did you mean 'mean'?"
+    """
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(given, allowed, 1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed) or 'none'}"
+
+
+def check_like(tree: Mapping[str, Mapping[str, Tensor]], spec: Mapping[str, Mapping[str, Tensor]], *, what: str) -> None:
+    """Raise `ValueError` unless `tree` has the sites, leaves, shapes and dtypes of `spec`; names the first leaf that differs."""
+    got, want = named(tree), named(spec)
+    missing, surplus = want.keys() - got.keys(), got.keys() - want.keys()
+    if missing or surplus:
+        name = sorted(missing or surplus)[0]
+        raise ValueError(f"{what}: leaf {name!r} is {'missing' if missing else 'unknown'} ({len(missing)} missing, {len(surplus)} surplus of {len(want)}); {suggest(name, (surplus if missing else missing) or want)}")
+    for name, leaf in want.items():
+        check_leaf(name, got[name], leaf, what=what)
+
+
+def check_leaf(name: str, got: Tensor, want: Tensor, *, what: str) -> None:
+    """Raise `ValueError` unless `got` has the shape and dtype of `want`."""
+    if got.shape == want.shape and got.dtype == want.dtype:
+        return
+    if got.numel() == 0 and want.numel() > 0:
+        raise ValueError(f"{name}: {what} was donated to a compiled step and holds nothing any more; go on with the state the step returned, or compile with donate=False")
+    raise ValueError(f"{name}: {what} has {tuple(got.shape)} {got.dtype}, required {tuple(want.shape)} {want.dtype}; was it made for another program?")
