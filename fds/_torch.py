@@ -16,7 +16,9 @@ try:
     from torch.autograd.forward_ad import _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
 except ImportError as error:
-    raise ImportError(f"fds needs a private name that torch {torch.__version__} lacks ({error}); use a torch between 2.1 and 2.13") from error
+    raise ImportError(
+        f"fds needs a private name that torch {torch.__version__} lacks ({error}); use a torch between 2.1 and 2.13"
+    ) from error
 
 _LIBRARY = torch.library.Library("fds", "FRAGMENT")
 _OPERATORS: dict[str, Callable[..., Any]] = {}
@@ -54,16 +56,16 @@ def linear_operator(name: str, schema: str, *, primitive: Callable[..., Tensor],
             return out
 
         @staticmethod
-        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
             return (transpose(g, *ctx.constants), *[None] * len(ctx.constants))
 
         @staticmethod
-        def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             return op(tangent, *ctx.constants)
 
     def on_autograd(x: Tensor, *constants: Any) -> Tensor:
         with enable_single_level_autograd_function():
-            return Rule.apply(x, *constants)
+            return Rule.apply(x, *constants)  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_vmap(info: Any, dims: tuple[int | None, ...], x: Tensor, *constants: Any) -> tuple[Tensor, int]:
         return batch(x.movedim(dims[0] or 0, 0), *constants), 0

@@ -43,12 +43,20 @@ def compile(f: Any = None, *, donate: bool = True, **options: Any) -> Any:
     from fds.train import TrainStep  # the front of a cycle: a step compiles itself by this function
 
     if f is None or isinstance(f, Program):
-        t: Transform = whole(lambda p: _compiled_program(p, options), name="compile", options=options, provides=["whole"], conflicts=["whole"])
+        t: Transform = whole(
+            lambda p: _compiled_program(p, options),
+            name="compile",
+            options=options,
+            provides=["whole"],
+            conflicts=["whole"],
+        )
         return t if f is None else t(f)
     if isinstance(f, TrainStep):
         return CompiledStep(f, donate, options)
     if not callable(f):
-        raise ValueError(f"compile: got {type(f).__name__}, required a train step, a program or a function; or leave it out to get a transformation")
+        raise ValueError(
+            f"compile: got {type(f).__name__}, required a train step, a program or a function; or leave it out to get a transformation"
+        )
     return torch.compile(traced(f), fullgraph=True, **options)
 
 

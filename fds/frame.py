@@ -20,9 +20,13 @@ Wrap = Callable[[Apply], Apply]
 class Frame:
     """One call. Fields are read by `functional.py`; transformations change them through `scoped`."""
 
-    sites: Mapping[str, tuple[Apply, Mapping[str, Tensor]]] = {}  # site path -> the call of its program, and its stored leaves
+    sites: Mapping[
+        str, tuple[Apply, Mapping[str, Tensor]]
+    ] = {}  # site path -> the call of its program, and its stored leaves
     wraps: Mapping[str, tuple[Wrap, ...]] = {}  # module path -> wrappers of its call, innermost first
-    leaves: Mapping[str, Tensor] = {}  # the logical leaves of the module that is running: a site borrows from the root's what it is tied to
+    leaves: Mapping[
+        str, Tensor
+    ] = {}  # the logical leaves of the module that is running: a site borrows from the root's what it is tied to
     seed: Tensor | None = None  # 0-D int64; None: modules draw from torch's global generator
     block: Tensor | int = 0  # which block of rows of the global batch this call sees (rank, microbatch)
     salt: int = 0  # tells the sites and their repeated calls apart
@@ -33,7 +37,7 @@ class Frame:
     updates: dict[str, dict[str, Tensor]] | None = None  # updated buffers by site, when somebody collects them
 
 
-FRAME: ContextVar[Frame] = ContextVar("fds_frame", default=Frame())
+FRAME: ContextVar[Frame] = ContextVar("fds_frame", default=Frame())  # noqa: B039 (replaced as a whole, never written to)
 
 
 @contextmanager

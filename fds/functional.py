@@ -45,10 +45,16 @@ def functionalize(module: nn.Module, *, sites: str | Iterable[str] | None = None
     {'weight': (3, 2), 'bias': (3,)}
     """
     if not isinstance(module, nn.Module):
-        raise ValueError(f"functionalize: got {type(module).__name__}, required a torch.nn.Module; build the model first, then pass it here")
+        raise ValueError(
+            f"functionalize: got {type(module).__name__}, required a torch.nn.Module; build the model first, then pass it here"
+        )
     for name, m in module.named_modules():
         if getattr(m, "gradient_checkpointing", False):
-            raise ValueError(_NESTED.format(name=name or "module", cls=type(m).__name__, fix="model.gradient_checkpointing_disable()"))
+            raise ValueError(
+                _NESTED.format(
+                    name=name or "module", cls=type(m).__name__, fix="model.gradient_checkpointing_disable()"
+                )
+            )
     leaves = _Leaves.of(module)
     paths = _find_sites(module) if sites is None else _select_sites(module, sites)
     return ModuleCore(module, leaves, paths).program, dict(leaves.tensors)
@@ -72,7 +78,15 @@ class _Leaves:
             first[name] = known.setdefault(id(t), name)
             tensors.setdefault(first[name], t.detach())
         buffers = tensors.keys() - {first[n] for n, _ in parameters}
-        return _Leaves(tensors, first, {"buffer": frozenset(buffers), "transient": _transient(module) & frozenset(tensors), "transposed": _transposed(module, first)})
+        return _Leaves(
+            tensors,
+            first,
+            {
+                "buffer": frozenset(buffers),
+                "transient": _transient(module) & frozenset(tensors),
+                "transposed": _transposed(module, first),
+            },
+        )
 
 
 def _transient(module: nn.Module) -> frozenset[str]:
@@ -81,7 +95,9 @@ def _transient(module: nn.Module) -> frozenset[str]:
 
 def _transposed(module: nn.Module, first: Mapping[str, str]) -> frozenset[str]:
     """Weights stored as [in, out]: transformers' Conv1D, known by name so that the core does not import transformers."""
-    return frozenset(first[f"{p}.weight"] for p, m in module.named_modules() if type(m).__name__ == "Conv1D" and hasattr(m, "nf"))
+    return frozenset(
+        first[f"{p}.weight"] for p, m in module.named_modules() if type(m).__name__ == "Conv1D" and hasattr(m, "nf")
+    )
 
 
 def _find_sites(module: nn.Module) -> list[str]:
@@ -147,7 +163,9 @@ class ModuleCore:
     def with_training(self, training: bool) -> Program:
         if self._pristine.training == training and all(m.training == training for m in self._pristine.modules()):
             return self.program
-        module = copy.deepcopy(self._pristine, {id(t): t for t in [*self._pristine.parameters(), *self._pristine.buffers()]})
+        module = copy.deepcopy(
+            self._pristine, {id(t): t for t in [*self._pristine.parameters(), *self._pristine.buffers()]}
+        )
         return ModuleCore(module.train(training), self._leaves, self.sites).program
 
     def modules(self, site: str) -> list[str]:
@@ -164,8 +182,12 @@ class ModuleCore:
         return owner
 
     def _program(self, memo: Mapping[int, Tensor]) -> Program:
-        spec = {self._leaves.first[n]: t for n, t in [*self._pristine.named_parameters(), *self._pristine.named_buffers()]}
-        blank = Program({}, _identity, _identity, _identity, marks=self._leaves.marks, core=self, order=tuple(self._leaves.tensors))
+        spec = {
+            self._leaves.first[n]: t for n, t in [*self._pristine.named_parameters(), *self._pristine.named_buffers()]
+        }
+        blank = Program(
+            {}, _identity, _identity, _identity, marks=self._leaves.marks, core=self, order=tuple(self._leaves.tensors)
+        )
         own = {s: {n: spec[n] for n in self._leaves.tensors if self.owner[n] == s} for s in ["", *self.sites]}
         return assemble({s: self._site(s, own[s], blank) for s in own}, blank)
 
@@ -264,7 +286,12 @@ class ModuleCore:
         try:
             with scoped(leaves=leaves, training=module.training), randomness(module.training):
                 out = self._forwards[path](*args, **kwargs) if path in self._forwards else module(*args, **kwargs)
-            updates = {s.leaf: s.registry[s.key] for s in slots if s.buffer and (s.registry[s.key] is not copies[s.leaf][0] or copies[s.leaf][0]._version != copies[s.leaf][1])}
+            updates = {
+                s.leaf: s.registry[s.key]
+                for s in slots
+                if s.buffer
+                and (s.registry[s.key] is not copies[s.leaf][0] or copies[s.leaf][0]._version != copies[s.leaf][1])
+            }
         finally:
             for s, t in zip(slots, held, strict=True):
                 s.registry[s.key] = t
@@ -277,7 +304,9 @@ class ModuleCore:
         known = {s.leaf for s in slots}
         for name in leaves:
             if name not in known and not any(name.startswith(w + ".") for w in wraps):
-                raise ValueError(f"{name}: no parameter of {path or repr(self)} takes this leaf; the outermost `get` has to return the names that the module declares")
+                raise ValueError(
+                    f"{name}: no parameter of {path or repr(self)} takes this leaf; the outermost `get` has to return the names that the module declares"
+                )
 
 
 def _identity(x: Any) -> Any:

@@ -13,7 +13,9 @@ from fds.program import Program
 _HOOKS = "the module checkpoints inside itself (saved-tensor hooks), which recomputes with the wrong weights in a pure function; turn that off and use fds.checkpoint()"
 
 
-def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False, wrt: Program | None = None) -> Callable[..., tuple[Any, Any]]:
+def value_and_grad(
+    f: Callable[..., Any], *, has_aux: bool = False, wrt: Program | None = None
+) -> Callable[..., tuple[Any, Any]]:
     """``value_and_grad(f)(stored, *args, **kwargs) -> (value, grads)`` for a scalar function `f` of stored parameters.
 
     Pure outside; inside, `torch.autograd.grad` on detached leaves, which works for every module, in eager and under the user's own
@@ -41,8 +43,15 @@ def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False, wrt: Program
             _check_scalar(value)
             diff = [t for t, w in zip(leaves, wanted, strict=True) if w]
             # A value that depends on no leaf has zero gradients, not an error.
-            found = iter(torch.autograd.grad(value, diff, allow_unused=True, materialize_grads=True) if value.requires_grad else [torch.zeros_like(t) for t in diff])
-        grads = [next(found) if w else torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) for t, w in zip(flat, wanted, strict=True)]
+            found = iter(
+                torch.autograd.grad(value, diff, allow_unused=True, materialize_grads=True)
+                if value.requires_grad
+                else [torch.zeros_like(t) for t in diff]
+            )
+        grads = [
+            next(found) if w else torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+            for t, w in zip(flat, wanted, strict=True)
+        ]
         return _detached(out), pytree.tree_unflatten(grads, spec)
 
     return traced(run)
@@ -52,14 +61,18 @@ def _wanted(flat: list[Tensor], spec: list[Tensor] | None) -> list[bool]:
     if spec is None:
         return [t.is_floating_point() for t in flat]
     if len(spec) != len(flat):
-        raise ValueError(f"value_and_grad: stored has {len(flat)} leaves, the program {len(spec)}; was it made for another program?")
+        raise ValueError(
+            f"value_and_grad: stored has {len(flat)} leaves, the program {len(spec)}; was it made for another program?"
+        )
     return [s.requires_grad for s in spec]
 
 
 def _check_scalar(value: Any) -> None:
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
         got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"value_and_grad: f returned {got}, required a 0-D floating tensor (reduce it, as with .mean()); for (scalar, aux) pass has_aux=True")
+        raise ValueError(
+            f"value_and_grad: f returned {got}, required a 0-D floating tensor (reduce it, as with .mean()); for (scalar, aux) pass has_aux=True"
+        )
 
 
 def _detached(out: Any) -> Any:

@@ -35,7 +35,15 @@ class Lora:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def lora(*, rank: int, targets: str | Iterable[str], alpha: float | None = None, dropout: float = 0.0, rslora: bool = False, seed: int = 0) -> Transform:
+def lora(
+    *,
+    rank: int,
+    targets: str | Iterable[str],
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
+) -> Transform:
     """Freeze every parameter and train low-rank adapters of the chosen weights instead: W' = W + s * B @ A.
 
     Args:
@@ -55,9 +63,21 @@ def lora(*, rank: int, targets: str | Iterable[str], alpha: float | None = None,
         raise ValueError(f"lora: rank={rank!r}, required a whole number >= 1")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"lora: dropout={dropout!r}, required 0 <= dropout < 1")
-    options: dict[str, Any] = {"rank": rank, "targets": targets[0] if len(targets) == 1 else targets, "alpha": settings.alpha}
+    options: dict[str, Any] = {
+        "rank": rank,
+        "targets": targets[0] if len(targets) == 1 else targets,
+        "alpha": settings.alpha,
+    }
     options |= {k: v for k, v in (("dropout", dropout), ("rslora", rslora), ("seed", seed)) if v}
-    return _Lora("lora", tuple(options.items()), lens=partial(_lens, settings), provides=frozenset(["lora"]), conflicts=frozenset(["flat", "lora", "whole"]), check=partial(_check, settings), settings=settings)
+    return _Lora(
+        "lora",
+        tuple(options.items()),
+        lens=partial(_lens, settings),
+        provides=frozenset(["lora"]),
+        conflicts=frozenset(["flat", "lora", "whole"]),
+        check=partial(_check, settings),
+        settings=settings,
+    )
 
 
 @attrs.frozen(repr=False)
@@ -84,7 +104,10 @@ def fuse_lora() -> Transform:
     """
 
     def rewrite(program: Program) -> Program:
-        done = [attrs.evolve(t, name="fused_lora", lens=_frozen, provides=frozenset()) if t.name == "lora" else t for t in program.history]
+        done = [
+            attrs.evolve(t, name="fused_lora", lens=_frozen, provides=frozenset()) if t.name == "lora" else t
+            for t in program.history
+        ]
         return chain(*done)(program.origin)
 
     return attrs.evolve(whole(rewrite, name="fuse_lora", requires=["lora"], conflicts=["whole"]), rewrite=rewrite)
@@ -95,11 +118,17 @@ def _check(settings: Lora, program: Program) -> None:
     chosen = tree.select(spec, settings.targets, what="lora targets")
     weights = [k for k in chosen if k.endswith("weight") and spec[k].dim() == 2]
     if not weights:
-        raise ValueError(f"lora targets: {settings.targets} match no 2-D weight ({chosen[0]} is {tuple(spec[chosen[0]].shape)}); name linear layers, as '*.q_proj'")
+        raise ValueError(
+            f"lora targets: {settings.targets} match no 2-D weight ({chosen[0]} is {tuple(spec[chosen[0]].shape)}); name linear layers, as '*.q_proj'"
+        )
 
 
 def _targets(settings: Lora, p: Program) -> list[str]:
-    return [k for k, v in parameters(p).items() if v.dim() == 2 and k.endswith("weight") and any(tree.matches(t, k) for t in settings.targets)]
+    return [
+        k
+        for k, v in parameters(p).items()
+        if v.dim() == 2 and k.endswith("weight") and any(tree.matches(t, k) for t in settings.targets)
+    ]
 
 
 def adapter_names(weight: str) -> tuple[str, str]:
@@ -134,7 +163,9 @@ def _lens(settings: Lora, p: Program) -> Lens:
         out = {k: v.detach() for k, v in params.items()}
         for name in targets:
             a, b = _initial(settings, name, params[name], name in transposed)
-            out |= dict(zip(adapter_names(name), (a.requires_grad_(a.is_meta), b.requires_grad_(b.is_meta)), strict=True))
+            out |= dict(
+                zip(adapter_names(name), (a.requires_grad_(a.is_meta), b.requires_grad_(b.is_meta)), strict=True)
+            )
         return out
 
     def fused(stored: Params) -> Params:

@@ -25,14 +25,16 @@ def causal_lm(program: Program, stored: Any, batch: dict[str, Tensor]) -> Tensor
     logits = logits_of(program(stored, **inputs))
     targets = _labels(batch)[:, 1:].reshape(-1)
     terms = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=_IGNORED, reduction="sum")
-    return terms / causal_lm.weight(batch).clamp(min=1)
+    return terms / (targets != _IGNORED).sum().clamp(min=1)
 
 
 def _labels(batch: dict[str, Tensor]) -> Tensor:
     if "labels" in batch:
         return batch["labels"]
     if "input_ids" not in batch:
-        raise ValueError(f"causal_lm: the batch has {sorted(batch)}, required 'input_ids' (and optionally 'attention_mask', 'labels')")
+        raise ValueError(
+            f"causal_lm: the batch has {sorted(batch)}, required 'input_ids' (and optionally 'attention_mask', 'labels')"
+        )
     mask = batch.get("attention_mask")
     return batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, _IGNORED)
 
@@ -48,7 +50,9 @@ def model_loss(program: Program, stored: Any, batch: dict[str, Tensor]) -> Tenso
     """The loss that the model itself computes from ``labels`` in the batch (encoder-decoders, classifiers)."""
     loss = getattr(program(stored, **batch), "loss", None)
     if not isinstance(loss, torch.Tensor):
-        raise ValueError("model_loss: the model returned no `loss`; put `labels` into the batch, or write loss(program, stored, batch)")
+        raise ValueError(
+            "model_loss: the model returned no `loss`; put `labels` into the batch, or write loss(program, stored, batch)"
+        )
     return loss
 
 
@@ -56,5 +60,7 @@ def logits_of(out: Any) -> Tensor:
     """The logits in a model's output: its `logits`, or the output itself if it is a tensor."""
     logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
     if not isinstance(logits, torch.Tensor):
-        raise ValueError(f"the model returned {type(out).__name__} without `logits`; write your own loss(program, stored, batch)")
+        raise ValueError(
+            f"the model returned {type(out).__name__} without `logits`; write your own loss(program, stored, batch)"
+        )
     return logits

@@ -1,6 +1,6 @@
 """`cast`: compute in another dtype than parameters are stored in."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -31,7 +31,11 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transfo
     options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), **({"keep": keep} if keep else {})}
 
     def make(spec: Params) -> Lens | None:
-        changed = {k for k, v in spec.items() if v.is_floating_point() and v.dtype != dtype and not any(tree.matches(p, k) for p in keep)}
+        changed = {
+            k
+            for k, v in spec.items()
+            if v.is_floating_point() and v.dtype != dtype and not any(tree.matches(p, k) for p in keep)
+        }
         if not changed:
             return None
 
@@ -42,7 +46,11 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transfo
 
     def check(program: Program) -> None:
         if keep:
-            tree.select([k for p in (program.sites or {"": program}).values() for k in parameters(p)], keep, what="cast(keep=...)")
+            tree.select(
+                [k for p in (program.sites or {"": program}).values() for k in parameters(p)],
+                keep,
+                what="cast(keep=...)",
+            )
 
     lens = through(make, name="cast", options=options, conflicts=["whole"], check=check)
     inputs = around(lambda apply: _cast_inputs(apply, dtype), name="cast", scope="root")
@@ -66,5 +74,3 @@ def _cast_inputs(apply: Apply, dtype: torch.dtype) -> Apply:
         return apply(stored, *args, **kwargs)
 
     return run
-
-

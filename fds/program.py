@@ -83,7 +83,9 @@ class Program:
     restore: Callable[[Any], Params]  # stored -> logical
     sites: Mapping[str, "Program"] = {}
     history: tuple["Transform", ...] = ()  # what was applied, innermost first
-    marks: Mapping[str, frozenset[str]] = {}  # leaves by property: "buffer", "transient" (not saved), "transposed" ([in, out] weights)
+    marks: Mapping[
+        str, frozenset[str]
+    ] = {}  # leaves by property: "buffer", "transient" (not saved), "transposed" ([in, out] weights)
     axes: Mapping[str, tuple[Axis, ...]] = {}  # of one site: the axes over which a stored leaf is split
     data_axes: tuple[Axis, ...] = ()  # the axes over which ranks see different rows of the batch
     stack: tuple["Transform", ...] = ()  # of one site: the transforms that changed its representation
@@ -102,7 +104,9 @@ class Program:
         Raises `ValueError` where none is called so.
         """
         if all(t.name != name for t in self.history):
-            raise ValueError(f"without: no transformation {name!r} in this program; {tree.suggest(name, {t.name for t in self.history})}")
+            raise ValueError(
+                f"without: no transformation {name!r} in this program; {tree.suggest(name, {t.name for t in self.history})}"
+            )
         return self.replay(*[t for t in self.history if t.name != name])
 
     def replay(self, *transforms: "Transform") -> "Program":
@@ -127,7 +131,9 @@ class Program:
     def before(self, name: str, stored: Any) -> tuple["Program", Any]:
         """The program just after transformation `name`, and `stored` in its representation: all later ones undone."""
         if all(t.name != name for t in self.history):
-            raise ValueError(f"no transformation {name!r} in this program; {tree.suggest(name, {t.name for t in self.history})}")
+            raise ValueError(
+                f"no transformation {name!r} in this program; {tree.suggest(name, {t.name for t in self.history})}"
+            )
         program = self
         while program.history[-1].name != name and program.inner is not None:
             stored, program = program.peel(stored), program.inner
@@ -180,7 +186,11 @@ class Transform:
             return self.rewrite(program)
         sites = program.sites or {"": program}
         new = {s: self._on_site(s, p) for s, p in sites.items()}
-        return assemble(new, program, (*program.history, self), (*program.data_axes, *self.axes)) if program.sites else new[""]
+        return (
+            assemble(new, program, (*program.history, self), (*program.data_axes, *self.axes))
+            if program.sites
+            else new[""]
+        )
 
     def _on_site(self, site: str, p: Program) -> Program:
         new = p if self.lens is None else _through_site(p, self.lens(p), self)
@@ -198,15 +208,21 @@ def _check_order(t: Transform, history: tuple[Transform, ...]) -> None:
     provided = frozenset[str]().union(*(h.provides for h in history))
     missing = sorted(t.requires - provided)
     if missing:
-        raise ValueError(f"{t!r} requires {', '.join(map(repr, missing))} before it; this program has {list(history) or 'no transformations'}; the order that works: chain({missing[0]}(...), {t!r})")
+        raise ValueError(
+            f"{t!r} requires {', '.join(map(repr, missing))} before it; this program has {list(history) or 'no transformations'}; the order that works: chain({missing[0]}(...), {t!r})"
+        )
     for i, h in enumerate(history):
         clash = h.provides & t.conflicts
         if not clash:
             continue
         if h.name == t.name:
-            raise ValueError(f"{t!r} cannot follow {h!r}: a program takes one {t.name}; leave one of them out, or use program.without({t.name!r})")
+            raise ValueError(
+                f"{t!r} cannot follow {h!r}: a program takes one {t.name}; leave one of them out, or use program.without({t.name!r})"
+            )
         order = ", ".join(map(repr, (*history[:i], t, *history[i:])))
-        raise ValueError(f"{t!r} cannot follow {h!r} ({', '.join(sorted(clash))}); the order that works: chain({order})")
+        raise ValueError(
+            f"{t!r} cannot follow {h!r} ({', '.join(sorted(clash))}); the order that works: chain({order})"
+        )
 
 
 def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Program:
@@ -271,7 +287,9 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return kept
 
 
-def assemble(sites: Mapping[str, Program], like: Program, history: tuple[Transform, ...] = (), data_axes: tuple[Axis, ...] = ()) -> Program:
+def assemble(
+    sites: Mapping[str, Program], like: Program, history: tuple[Transform, ...] = (), data_axes: tuple[Axis, ...] = ()
+) -> Program:
     """The whole program made of the programs of its sites; ``sites[""]`` is the root, which calls the others."""
     root, names = sites[""], list(sites)
 
@@ -284,7 +302,9 @@ def assemble(sites: Mapping[str, Program], like: Program, history: tuple[Transfo
         bound = {s: (sites[s].apply, stored[s]) for s in names if s}
         with scoped(sites=bound, calls={}, pending={}, wraps={}) as frame:
             out = root.apply(stored[""], *args, **kwargs)
-        out, pending = (out.out, {**frame.pending, "": out.updates}) if isinstance(out, Mutated) else (out, frame.pending)
+        out, pending = (
+            (out.out, {**frame.pending, "": out.updates}) if isinstance(out, Mutated) else (out, frame.pending)
+        )
         if frame.updates is not None:
             for s, updates in pending.items():
                 frame.updates.setdefault(s, {}).update(updates)
@@ -316,12 +336,18 @@ def _check_names(params: Mapping[str, Tensor], logical: list[str]) -> None:
     missing = [k for k in logical if k not in params]
     if unknown or missing:
         name = (unknown or missing)[0]
-        raise ValueError(f"place: leaf {name!r} is {'unknown' if unknown else 'missing'} ({len(missing)} missing, {len(unknown)} unknown of {len(logical)}); {tree.suggest(name, missing if unknown else params)}")
+        raise ValueError(
+            f"place: leaf {name!r} is {'unknown' if unknown else 'missing'} ({len(missing)} missing, {len(unknown)} unknown of {len(logical)}); {tree.suggest(name, missing if unknown else params)}"
+        )
 
 
 def _check_stored(stored: Any, spec: Stored) -> None:
     """Names only, and donated leaves: shapes may carry a batch dimension under vmap."""
-    if not isinstance(stored, Mapping) or stored.keys() != spec.keys() or any(stored[s].keys() != spec[s].keys() for s in spec):
+    if (
+        not isinstance(stored, Mapping)
+        or stored.keys() != spec.keys()
+        or any(stored[s].keys() != spec[s].keys() for s in spec)
+    ):
         if not isinstance(stored, Mapping) or not all(isinstance(v, Mapping) for v in stored.values()):
             raise ValueError("stored: not a stored tree {site: {leaf: tensor}}; make one with program.place(params)")
         tree.check_like(stored, spec, what="stored (made for another program?)")
@@ -331,7 +357,9 @@ def _check_stored(stored: Any, spec: Stored) -> None:
                 tree.check_leaf(tree.qualified(s, name), stored[s][name], leaf, what="stored")
 
 
-def through(make: Callable[[Params], Lens | None], *, name: str, options: Mapping[str, Any] | None = None, **contract: Any) -> Transform:
+def through(
+    make: Callable[[Params], Lens | None], *, name: str, options: Mapping[str, Any] | None = None, **contract: Any
+) -> Transform:
     """Lift a lens to a transformation: the parameters of every site, and the root's own, are stored through it.
 
     `make(spec)` gets the abstract parameters at a site (meta tensors by name) and returns its `Lens`, or None to leave the site alone.
@@ -354,15 +382,21 @@ def parameters(p: Program) -> Params:
     return {k: v for k, v in p.spec.items() if k not in buffers}
 
 
-def around(wrap: Wrap, *, name: str, scope: str = "sites", options: Mapping[str, Any] | None = None, **contract: Any) -> Transform:
+def around(
+    wrap: Wrap, *, name: str, scope: str = "sites", options: Mapping[str, Any] | None = None, **contract: Any
+) -> Transform:
     """Lift a wrapper of calls ``wrap(apply) -> apply`` to a transformation of every site (`scope` "sites") or of the root ("root").
 
     The wrapper sees ``(leaves, *args, **kwargs)`` and has to be pure. A program without sites is an error for `scope` "sites".
     """
-    return _transform(name, options, contract, wrap=wrap, scope=scope, check=partial(_needs_sites, name) if scope == "sites" else None)
+    return _transform(
+        name, options, contract, wrap=wrap, scope=scope, check=partial(_needs_sites, name) if scope == "sites" else None
+    )
 
 
-def whole(rewrite: Callable[[Program], Program], *, name: str, options: Mapping[str, Any] | None = None, **contract: Any) -> Transform:
+def whole(
+    rewrite: Callable[[Program], Program], *, name: str, options: Mapping[str, Any] | None = None, **contract: Any
+) -> Transform:
     """Lift a function of whole programs to a transformation; it is recorded as one step of the history."""
 
     def recorded(program: Program) -> Program:
@@ -373,13 +407,15 @@ def whole(rewrite: Callable[[Program], Program], *, name: str, options: Mapping[
 
 
 def _transform(name: str, options: Mapping[str, Any] | None, contract: dict[str, Any], **fields: Any) -> Transform:
-    tags = {k: frozenset(contract.pop(k, ())) for k in ("provides", "requires", "conflicts")}
+    tags: dict[str, Any] = {k: frozenset(contract.pop(k, ())) for k in ("provides", "requires", "conflicts")}
     return Transform(name, tuple((options or {}).items()), **{**fields, **contract}, **tags)
 
 
 def _needs_sites(name: str, program: Program) -> None:
     if program.sites and len(program.sites) == 1:
-        raise ValueError(f"{name}: this program has no sites to act on; name them: functionalize(module, sites='*.block*'), or use at('pattern', {name}(...))")
+        raise ValueError(
+            f"{name}: this program has no sites to act on; name them: functionalize(module, sites='*.block*'), or use at('pattern', {name}(...))"
+        )
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -391,7 +427,9 @@ def chain(*transforms: Transform) -> Transform:
     """
     for t in transforms:
         if not isinstance(t, Transform):
-            raise ValueError(f"chain: {t!r} is not a transformation; leave the program out of the call, as in chain(lora(rank=8, targets=...))(program)")
+            raise ValueError(
+                f"chain: {t!r} is not a transformation; leave the program out of the call, as in chain(lora(rank=8, targets=...))(program)"
+            )
     parts = tuple(p for t in transforms for p in (t.parts if t.parts is not None else (t,)))
     return Transform("chain", parts=parts)
 
@@ -430,7 +468,10 @@ def _lens_at(pattern: str, make: Callable[[Program], Lens | None], p: Program) -
     rest = {k for k in parameters(p) if k not in chosen}
 
     def lift(f: Callable[[Params], Params]) -> Callable[[Params], Params]:
-        return lambda t: {**{k: v for k, v in t.items() if k in rest}, **f({k: v for k, v in t.items() if k not in rest})}
+        return lambda t: {
+            **{k: v for k, v in t.items() if k in rest},
+            **f({k: v for k, v in t.items() if k not in rest}),
+        }
 
     return lens._replace(put=lift(lens.put), get=lift(lens.get), restore=lens.restore and lift(lens.restore))
 
@@ -441,11 +482,18 @@ def relayout(src: Program, dst: Program) -> Callable[[Any], Any]:
     Runs site by site, so that one site at a time exists in logical form. A site whose representation is the same in both programs is
     returned as it is, not copied; `stored` is never written.
     """
-    if src.sites.keys() != dst.sites.keys() or any(list(src.sites[s].origin.spec) != list(dst.sites[s].origin.spec) for s in src.sites):
-        raise ValueError(f"relayout: the programs have different sites or leaves ({len(src.sites)} and {len(dst.sites)} sites); both have to come from one functionalize")
+    if src.sites.keys() != dst.sites.keys() or any(
+        list(src.sites[s].origin.spec) != list(dst.sites[s].origin.spec) for s in src.sites
+    ):
+        raise ValueError(
+            f"relayout: the programs have different sites or leaves ({len(src.sites)} and {len(dst.sites)} sites); both have to come from one functionalize"
+        )
 
     def run(stored: Stored) -> Stored:
         _check_stored(stored, src.spec)
-        return {s: stored[s] if src.sites[s].stack == p.stack else p.place(src.sites[s].restore(stored[s])) for s, p in dst.sites.items()}
+        return {
+            s: stored[s] if src.sites[s].stack == p.stack else p.place(src.sites[s].restore(stored[s]))
+            for s, p in dst.sites.items()
+        }
 
     return run

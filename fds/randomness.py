@@ -40,7 +40,9 @@ def fold(seed: Tensor, *data: Tensor | int) -> Tensor:
     return seed
 
 
-def uniform(seed: Tensor, shape: torch.Size | list[int], *, block: Tensor | int = 0, device: torch.device | None = None) -> Tensor:
+def uniform(
+    seed: Tensor, shape: torch.Size | list[int], *, block: Tensor | int = 0, device: torch.device | None = None
+) -> Tensor:
     """float32 in [0, 1) of the given shape; `block` numbers the slice of the global batch that the leading dimension is."""
     n = math.prod(shape)
     place = torch.arange(n, device=device) + block * n
@@ -58,7 +60,12 @@ class _Seeded(TorchFunctionMode):
     def draw(self, shape: torch.Size | list[int], device: torch.device, *, rows: bool = True) -> Tensor:
         self.draws += 1
         assert self.frame.seed is not None
-        return uniform(fold(self.frame.seed, self.frame.salt, self.draws), shape, block=self.frame.block if rows else 0, device=device)
+        return uniform(
+            fold(self.frame.seed, self.frame.salt, self.draws),
+            shape,
+            block=self.frame.block if rows else 0,
+            device=device,
+        )
 
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:
@@ -68,7 +75,9 @@ class _Seeded(TorchFunctionMode):
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
         if dropout_p == 0.0:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
         scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -81,7 +90,9 @@ class _Seeded(TorchFunctionMode):
 
     def rand(self, *shape: Any, **kwargs: Any) -> Tensor:
         shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
-        return self.draw(list(shape), kwargs.get("device") or torch.get_default_device(), rows=False).to(kwargs.get("dtype") or torch.get_default_dtype())
+        return self.draw(list(shape), kwargs.get("device") or torch.get_default_device(), rows=False).to(
+            kwargs.get("dtype") or torch.get_default_dtype()
+        )
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,7 +102,9 @@ class _Seeded(TorchFunctionMode):
         if self.frame.seed is None:
             return _unseeded(func, args, kwargs, self.frame.recomputed)
         if name == "":
-            raise ValueError(f"{getattr(func, '__name__', func)}: no seeded form of this random function; call the program without a seed (and without checkpoint), or use dropout")
+            raise ValueError(
+                f"{getattr(func, '__name__', func)}: no seeded form of this random function; call the program without a seed (and without checkpoint), or use dropout"
+            )
         return getattr(self, name)(*args, **kwargs)
 
 
@@ -107,7 +120,9 @@ def _unseeded(func: Callable[..., Any], args: Any, kwargs: Any, recomputed: bool
     active = {F.dropout: lambda: kwargs.get("training", args[2] if len(args) > 2 else True) and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0,
               F.scaled_dot_product_attention: lambda: kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0}.get(func, lambda: True)()  # fmt: skip
     if recomputed and active:
-        raise ValueError(f"{getattr(func, '__name__', func)}: randomness under checkpoint() needs an explicit seed, or recompute draws another mask; use train_step, or fds.with_seed(f)(seed, ...)")
+        raise ValueError(
+            f"{getattr(func, '__name__', func)}: randomness under checkpoint() needs an explicit seed, or recompute draws another mask; use train_step, or fds.with_seed(f)(seed, ...)"
+        )
     return func(*args, **kwargs)
 
 

@@ -6,14 +6,14 @@ on saved-tensor hooks, which `torch.func` refuses.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
 import torch
 import torch.utils._pytree as pytree  # model outputs (transformers) are registered with torch's pytree
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fds import tree
 from fds._torch import inside_functorch
@@ -37,14 +37,22 @@ def checkpoint(policy: Policy = None) -> Transform:
     Law: values and gradients are those of the program without it, bitwise in eager.
     """
     keep = _predicate(policy)
-    return around(lambda apply: _recomputed(apply, keep), name="checkpoint", options={} if policy is None else {"policy": policy}, provides=["checkpoint"], conflicts=["checkpoint", "whole"])
+    return around(
+        lambda apply: _recomputed(apply, keep),
+        name="checkpoint",
+        options={} if policy is None else {"policy": policy},
+        provides=["checkpoint"],
+        conflicts=["checkpoint", "whole"],
+    )
 
 
 def _predicate(policy: Policy) -> Callable[[Any], bool] | None:
     if policy is None or callable(policy):
         return policy
     if policy != "matmul":
-        raise ValueError(f"checkpoint: policy {policy!r} is unknown; {tree.suggest(policy, ['matmul'])}, or None, or a predicate on operators")
+        raise ValueError(
+            f"checkpoint: policy {policy!r} is unknown; {tree.suggest(policy, ['matmul'])}, or None, or a predicate on operators"
+        )
     return lambda op: getattr(getattr(op, "overloadpacket", op), "__name__", "") in _MATMULS
 
 
@@ -56,7 +64,9 @@ def _recomputed(apply: Apply, keep: Callable[[Any], bool] | None) -> Apply:
             return apply(*args, **kwargs)
         call = _Call(apply, flat, spec, where, keep, inside_functorch())
         results = iter(_function(call).apply(*[flat[i] for i in where]))
-        return pytree.tree_unflatten([next(results) if isinstance(o, Tensor) else o for o in call.outputs], call.out_spec)
+        return pytree.tree_unflatten(
+            [next(results) if isinstance(o, Tensor) else o for o in call.outputs], call.out_spec
+        )
 
     return run
 
@@ -74,7 +84,7 @@ class _Call:
     frame: Any = attrs.field(factory=lambda: attrs.evolve(FRAME.get(), recomputed=True))
     outputs: list[Any] = attrs.field(factory=list)
     out_spec: Any = None
-    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] | None = None
+    kept: list[Any] = attrs.field(factory=list)  # results that the policy keeps, in the order of their operators
 
     def __attrs_post_init__(self) -> None:
         self.flat = [None if isinstance(x, Tensor) else x for x in self.flat]
@@ -92,9 +102,8 @@ class _Call:
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         if self.keep is None:
             return self(*tensors)
-        keep = self.keep
-        self.contexts = create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if keep(op) else CheckpointPolicy.PREFER_RECOMPUTE)
-        with self.contexts[0]:
+        self.kept = []
+        with _Keep(self.keep, self.kept):
             return self(*tensors)
 
     def again(self, saved: list[Tensor], places: list[int], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -102,8 +111,40 @@ class _Call:
         full = list(saved)
         for i, t in zip(places, leaves, strict=True):
             full[i] = t
-        with self.contexts[1] if self.contexts else nullcontext():
+        with _Replay(self.keep, self.kept) if self.keep else nullcontext():
             return self(*full)
+
+
+class _Keep(TorchDispatchMode):
+    """Runs operators and remembers the results of those that the policy keeps.
+
+    torch's own selective-checkpoint contexts put tags on graph nodes that AOTAutograd cannot order in a whole-step graph (torch 2.13).
+    """
+
+    def __init__(self, keep: Callable[[Any], bool], kept: list[Any]) -> None:
+        super().__init__()
+        self.keep, self.kept = keep, kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.keep(func):
+            self.kept.append(_plain(out))
+        return out
+
+
+class _Replay(_Keep):
+    """Runs operators again, except those whose results were kept; the same call draws the same operators in the same order."""
+
+    def __init__(self, keep: Callable[[Any], bool], kept: list[Any]) -> None:
+        super().__init__(keep, kept)
+        self.left = iter(kept)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _plain(next(self.left)) if self.keep(func) else func(*args, **(kwargs or {}))
+
+
+def _plain(out: Any) -> Any:
+    return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
 
 
 def _function(call: _Call) -> type[torch.autograd.Function]:
@@ -123,7 +164,9 @@ def _function(call: _Call) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = list(ctx.saved_tensors)
-            places = [i for i, t in enumerate(saved) if t.is_floating_point() and (call.functorch or ctx.needs_input_grad[i])]
+            places = [
+                i for i, t in enumerate(saved) if t.is_floating_point() and (call.functorch or ctx.needs_input_grad[i])
+            ]
             pull = _pull_functorch if call.functorch else _pull_autograd
             out: list[Tensor | None] = [None] * len(saved)
             for i, g in zip(places, pull(call, saved, places, cotangents), strict=True):
@@ -135,18 +178,29 @@ def _function(call: _Call) -> type[torch.autograd.Function]:
             saved = list(ctx.saved_tensors)
             places = [i for i, t in enumerate(tangents) if t is not None]
             primals = tuple(saved[i] for i in places)
-            _, out = torch.func.jvp(lambda *leaves: call.again(saved, places, leaves), primals, tuple(tangents[i] for i in places))
-            return out
+            return torch.func.jvp(lambda *x: call.again(saved, places, x), primals, tuple(tangents[i] for i in places))[
+                1
+            ]
 
     return Recompute
 
 
-def _pull_functorch(call: _Call, saved: list[Tensor], places: list[int], cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    outputs, vjp = torch.func.vjp(lambda *leaves: call.again(saved, places, leaves), *[saved[i] for i in places])
-    return vjp(tuple(torch.zeros_like(o) if c is None or not o.is_floating_point() else c for o, c in zip(outputs, cotangents, strict=True)))
+def _pull_functorch(
+    call: _Call, saved: list[Tensor], places: list[int], cotangents: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    pulled = torch.func.vjp(lambda *x: call.again(saved, places, x), *[saved[i] for i in places])
+    outputs, vjp = pulled[0], pulled[1]
+    return vjp(
+        tuple(
+            torch.zeros_like(o) if c is None or not o.is_floating_point() else c
+            for o, c in zip(outputs, cotangents, strict=True)
+        )
+    )
 
 
-def _pull_autograd(call: _Call, saved: list[Tensor], places: list[int], cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _pull_autograd(
+    call: _Call, saved: list[Tensor], places: list[int], cotangents: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
         leaves = tuple(saved[i].detach().requires_grad_() for i in places)
         outputs = call.again(saved, places, leaves)

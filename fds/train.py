@@ -1,6 +1,6 @@
 """The train step: a pure function ``(state, batch) -> (state, metrics)``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -66,7 +66,9 @@ class TrainStep:
         stored = self.program.place(params)
         theirs = {t.untyped_storage().data_ptr() for t in params.values() if not t.is_meta}
         with torch.no_grad():
-            stored = tree.map(lambda t: t.clone() if t.is_meta or t.untyped_storage().data_ptr() in theirs else t.detach(), stored)
+            stored = tree.map(
+                lambda t: t.clone() if t.is_meta or t.untyped_storage().data_ptr() in theirs else t.detach(), stored
+            )
         return self._state(stored)
 
     def _state(self, stored: Stored) -> TrainState:
@@ -87,22 +89,36 @@ class TrainStep:
     def check(self, state: TrainState, batch: Batch) -> None:
         """Raise `ValueError` for a state of another program, a donated state, or a batch that does not divide."""
         if not isinstance(state, TrainState):
-            raise ValueError(f"train step: state is {type(state).__name__}, required the TrainState that step.init(params) or the last step returned")
+            raise ValueError(
+                f"train step: state is {type(state).__name__}, required the TrainState that step.init(params) or the last step returned"
+            )
         tree.check_like(state.params, self.program.spec, what="the state")
         for name, x in batch.items():
             if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % self.microbatches or not x.shape[0]:
                 got = f"{x.shape[0]} rows" if isinstance(x, Tensor) and x.dim() else repr(x)
-                raise ValueError(f"batch[{name!r}]: {got} do not divide into {self.microbatches} microbatches; change the batch or microbatches=")
+                raise ValueError(
+                    f"batch[{name!r}]: {got} do not divide into {self.microbatches} microbatches; change the batch or microbatches="
+                )
 
     def report(self, state: TrainState, metrics: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """`state` and `metrics` as they are; with ``on_nonfinite="raise"``, an error for a step that was skipped."""
         if self.on_nonfinite == "raise" and bool(metrics["was_skipped"]):
             leaves = [k for k, bad in metrics["nonfinite"].items() if bool(bad)]
-            raise NonFiniteError(f"step {int(state.step) - 1}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; not finite: {', '.join(leaves) or 'the loss'}; the parameters are unchanged; lower the learning rate, or on_nonfinite='skip'")
+            raise NonFiniteError(
+                f"step {int(state.step) - 1}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; not finite: {', '.join(leaves) or 'the loss'}; the parameters are unchanged; lower the learning rate, or on_nonfinite='skip'"
+            )
         return state, metrics
 
 
-def train_step(program: Program, tx: Optimizer, *, loss: Loss = losses.causal_lm, microbatches: int = 1, on_nonfinite: str = "skip", seed: int = 0) -> TrainStep:
+def train_step(
+    program: Program,
+    tx: Optimizer,
+    *,
+    loss: Loss = losses.causal_lm,
+    microbatches: int = 1,
+    on_nonfinite: str = "skip",
+    seed: int = 0,
+) -> TrainStep:
     """A pure train step: ``step.init(params) -> state``, ``step(state, batch) -> (state, metrics)``. Compile it with `fds.compile`.
 
     Args:
@@ -124,7 +140,9 @@ def train_step(program: Program, tx: Optimizer, *, loss: Loss = losses.causal_lm
     if on_nonfinite not in ("skip", "raise"):
         raise ValueError(f"train_step: on_nonfinite={on_nonfinite!r}; {tree.suggest(on_nonfinite, ['skip', 'raise'])}")
     if not any(x.requires_grad for x in tree.named(program.spec).values()):
-        raise ValueError("train_step: the program has no trainable leaf (after fuse_lora, or all frozen); train the program before fusing")
+        raise ValueError(
+            "train_step: the program has no trainable leaf (after fuse_lora, or all frozen); train the program before fusing"
+        )
     return TrainStep(program, tx, loss, microbatches, on_nonfinite, seed)
 
 
@@ -143,9 +161,21 @@ def _step(step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState,
         return torch.where(ok.to(old.device), new, old)
 
     trained = tree.map(chosen, new, old)
-    params = {s: {k: trained[s].get(k, updates.get(s, {}).get(k, v)) for k, v in part.items()} for s, part in state.params.items()}
-    state = TrainState(params, tree.map(chosen, optimizer, state.optimizer), state.step + 1, state.rng.clone(), state.skipped + ~ok)
-    metrics = {"loss": value, "grad_norm": norm, "skipped": state.skipped.clone(), "was_skipped": ~ok, "nonfinite": {k: ~torch.isfinite(v) for k, v in squares.items()}, **aux}
+    params = {
+        s: {k: trained[s].get(k, updates.get(s, {}).get(k, v)) for k, v in part.items()}
+        for s, part in state.params.items()
+    }
+    state = TrainState(
+        params, tree.map(chosen, optimizer, state.optimizer), state.step + 1, state.rng.clone(), state.skipped + ~ok
+    )
+    metrics = {
+        "loss": value,
+        "grad_norm": norm,
+        "skipped": state.skipped.clone(),
+        "was_skipped": ~ok,
+        "nonfinite": {k: ~torch.isfinite(v) for k, v in squares.items()},
+        **aux,
+    }
     return state, metrics
 
 
@@ -159,7 +189,9 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
     for i, part in enumerate(parts):
         params = {s: {**leaves, **updates.get(s, {})} for s, leaves in state.params.items()}
         with scoped(seed=seed, block=block * m + i):
-            (v, (extra, new)), g = value_and_grad(_with_aux(step, shares[i]), has_aux=True, wrt=step.program)(params, part)
+            (v, (extra, new)), g = value_and_grad(_with_aux(step, shares[i]), has_aux=True, wrt=step.program)(
+                params, part
+            )
         grads = g if grads is None else tree.map(torch.add, grads, g)
         value, updates = value + v.float(), new or updates
         aux = {k: aux.get(k, 0.0) + x / m for k, x in extra.items()}
@@ -176,7 +208,7 @@ def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:
     return f
 
 
-def _shares(step: TrainStep, parts: list[Batch]) -> list[Tensor | float]:
+def _shares(step: TrainStep, parts: Sequence[Batch]) -> list[Tensor | float]:
     """What each microbatch's mean counts for in this rank's mean, such that the mean over ranks is that over all terms."""
     weigh = getattr(step.loss, "weight", None)
     if weigh is None:
@@ -206,7 +238,11 @@ def _squares(step: TrainStep, grads: Any) -> dict[str, Tensor]:
     """The sum of squares of every gradient leaf, over all the ranks it is split over; one small reduction per set of axes."""
     split = step.tx.axis is not None
     leaves = dict(grads) if split else tree.named(grads)
-    over = {k: (step.tx.axis,) for k in leaves} if split else tree.named({s: {k: step.program.sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()})
+    over = (
+        {k: (step.tx.axis,) for k in leaves}
+        if split
+        else tree.named({s: {k: step.program.sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()})
+    )
     out = {k: tree.square_sum([g]) for k, g in leaves.items()}
     for axes in dict.fromkeys(over.values()):
         keys = [k for k in leaves if over[k] == axes]

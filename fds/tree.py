@@ -130,8 +130,14 @@ def _near(pattern: str, names: list[str]) -> str:
     paths = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
     tails = {p.rsplit(".", 1)[-1] for p in paths if not p.rsplit(".", 1)[-1].isdigit()}
     wanted = pattern.strip("*.?")
-    close = difflib.get_close_matches(wanted, sorted(paths), 3, 0.75) or difflib.get_close_matches(wanted.rsplit(".", 1)[-1], sorted(tails), 3, 0.4)
-    return f"did you mean {' or '.join(repr('*.' + c if c in tails else c) for c in close)}?" if close else f"there are {', '.join(sorted(tails)[:12])}"
+    close = difflib.get_close_matches(wanted, sorted(paths), 3, 0.75) or difflib.get_close_matches(
+        wanted.rsplit(".", 1)[-1], sorted(tails), 3, 0.4
+    )
+    return (
+        f"did you mean {' or '.join(repr('*.' + c if c in tails else c) for c in close)}?"
+        if close
+        else f"there are {', '.join(sorted(tails)[:12])}"
+    )
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:
@@ -145,13 +151,17 @@ def suggest(given: str, allowed: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed) or 'none'}"
 
 
-def check_like(tree: Mapping[str, Mapping[str, Tensor]], spec: Mapping[str, Mapping[str, Tensor]], *, what: str) -> None:
+def check_like(
+    tree: Mapping[str, Mapping[str, Tensor]], spec: Mapping[str, Mapping[str, Tensor]], *, what: str
+) -> None:
     """Raise `ValueError` unless `tree` has the sites, leaves, shapes and dtypes of `spec`; names the first leaf that differs."""
     got, want = named(tree), named(spec)
     missing, surplus = want.keys() - got.keys(), got.keys() - want.keys()
     if missing or surplus:
         name = sorted(missing or surplus)[0]
-        raise ValueError(f"{what}: leaf {name!r} is {'missing' if missing else 'unknown'} ({len(missing)} missing, {len(surplus)} surplus of {len(want)}); {suggest(name, (surplus if missing else missing) or want)}")
+        raise ValueError(
+            f"{what}: leaf {name!r} is {'missing' if missing else 'unknown'} ({len(missing)} missing, {len(surplus)} surplus of {len(want)}); {suggest(name, (surplus if missing else missing) or want)}"
+        )
     for name, leaf in want.items():
         check_leaf(name, got[name], leaf, what=what)
 
@@ -161,5 +171,9 @@ def check_leaf(name: str, got: Tensor, want: Tensor, *, what: str) -> None:
     if got.shape == want.shape and got.dtype == want.dtype:
         return
     if got.numel() == 0 and want.numel() > 0:
-        raise ValueError(f"{name}: {what} was donated to a compiled step and holds nothing any more; go on with the state the step returned, or compile with donate=False")
-    raise ValueError(f"{name}: {what} has {tuple(got.shape)} {got.dtype}, required {tuple(want.shape)} {want.dtype}; was it made for another program?")
+        raise ValueError(
+            f"{name}: {what} was donated to a compiled step and holds nothing any more; go on with the state the step returned, or compile with donate=False"
+        )
+    raise ValueError(
+        f"{name}: {what} has {tuple(got.shape)} {got.dtype}, required {tuple(want.shape)} {want.dtype}; was it made for another program?"
+    )

@@ -54,12 +54,16 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     A `sharded` optimizer cannot stand in a chain: shard the chain, ``sharded(chain(...), axis)``, so that every part sees the shards.
     """
     if any(o.axis is not None for o in optimizers):
-        raise ValueError("optim.chain: a sharded optimizer inside of a chain; shard the whole, as in sharded(chain(clip_by_global_norm(1.0), adamw(1e-3)), axis)")
+        raise ValueError(
+            "optim.chain: a sharded optimizer inside of a chain; shard the whole, as in sharded(chain(clip_by_global_norm(1.0), adamw(1e-3)), axis)"
+        )
 
     def init(params: Any) -> tuple[Any, ...]:
         return tuple(o.init(params) for o in optimizers)
 
-    def update(grads: Any, state: tuple[Any, ...], params: Any, *, norm: Norm = tree.norm) -> tuple[Any, tuple[Any, ...]]:
+    def update(
+        grads: Any, state: tuple[Any, ...], params: Any, *, norm: Norm = tree.norm
+    ) -> tuple[Any, tuple[Any, ...]]:
         states = list[Any]()
         for o, s in zip(optimizers, state, strict=True):
             grads, s = o.update(grads, s, params, norm=norm)
@@ -102,7 +106,9 @@ def checked(name: str, value: Any, *, low: float = 0.0, below: float = float("in
     if callable(value):
         return value
     if not low <= float(value) < below:
-        raise ValueError(f"{name}={value!r}, required {low:g} <= {name}{f' < {below:g}' if below < float('inf') else ''}")
+        raise ValueError(
+            f"{name}={value!r}, required {low:g} <= {name}{f' < {below:g}' if below < float('inf') else ''}"
+        )
     return value
 
 
@@ -132,7 +138,12 @@ def set_hyperparams(state: Any, **values: float) -> Any:
 
     def replace(x: Any) -> Any:
         if _is_hyper(x):
-            return x._replace(hyper={k: torch.as_tensor(values[k], dtype=v.dtype, device=v.device).clone() if k in values else v for k, v in x.hyper.items()})
+            return x._replace(
+                hyper={
+                    k: torch.as_tensor(values[k], dtype=v.dtype, device=v.device).clone() if k in values else v
+                    for k, v in x.hyper.items()
+                }
+            )
         return x
 
     return optree.tree_map(replace, state, is_leaf=_is_hyper)

@@ -75,7 +75,13 @@ def offloaded(tx: Optimizer, device: str = "cpu") -> Optimizer:
 
     def host(x: Tensor) -> Tensor:
         # Counts and hyperparameters too: every piece of state has one home.
-        return x.to("cpu").pin_memory() if torch.cuda.is_available() and not x.is_meta else x.to("cpu") if not x.is_meta else x
+        return (
+            x.to("cpu").pin_memory()
+            if torch.cuda.is_available() and not x.is_meta
+            else x.to("cpu")
+            if not x.is_meta
+            else x
+        )
 
     def init(params: Any) -> list[Any]:
         return [tree.map(host, tx.init(p)) for p in optree.tree_leaves(params)]

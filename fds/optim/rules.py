@@ -14,7 +14,7 @@ Rate = float | Tensor | Schedule
 class RuleState(NamedTuple):
     """State of a rule: updates so far (0-D int64), its moments by name, its hyperparameters."""
 
-    count: Tensor
+    updates: Tensor
     moments: dict[str, Any]
     hyper: Hyper
 
@@ -30,7 +30,7 @@ def _moment(params: Any) -> Any:
 
 
 def _rate(rate: Rate, state: RuleState) -> Tensor:
-    return rate(state.count) if callable(rate) and not isinstance(rate, Tensor) else state.hyper["learning_rate"]
+    return rate(state.updates) if callable(rate) and not isinstance(rate, Tensor) else state.hyper["learning_rate"]
 
 
 def _to(hyper: Hyper, params: Any) -> Hyper:
@@ -46,13 +46,19 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
     >>> updates["w"]
     tensor([-0.1000])
     """
-    checked("learning_rate", learning_rate), checked("momentum", momentum, below=1.0), checked("weight_decay", weight_decay)
+    checked("learning_rate", learning_rate)
+    checked("momentum", momentum, below=1.0)
+    checked("weight_decay", weight_decay)
     if nesterov and not momentum:
         raise ValueError("sgd: nesterov=True with momentum=0.0; required momentum > 0")
 
     def init(params: Any) -> RuleState:
         moments = {"momentum": _moment(params)} if momentum else {}
-        return RuleState(_count(params), moments, _to(hyperparams(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay), params))
+        return RuleState(
+            _count(params),
+            moments,
+            _to(hyperparams(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay), params),
+        )
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
         h, rate = state.hyper, _rate(learning_rate, state)
@@ -61,24 +67,30 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
         if momentum:
             moments["momentum"] = step = tree.map(lambda m, g: h["momentum"] * m + g, state.moments["momentum"], grads)
             step = tree.map(lambda g, m: g + h["momentum"] * m, grads, step) if nesterov else step
-        return tree.map(lambda s: -rate * s, step), RuleState(state.count + 1, moments, h)
+        return tree.map(lambda s: -rate * s, step), RuleState(state.updates + 1, moments, h)
 
     return Optimizer(init, update)
 
 
-def adamw(learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
+def adamw(
+    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+) -> Optimizer:
     """Adam with decoupled weight decay; the numerics of `torch.optim.AdamW`. Moments are float32 for low-precision parameters.
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
-    checked("learning_rate", learning_rate), checked("b1", b1, below=1.0), checked("b2", b2, below=1.0), checked("eps", eps), checked("weight_decay", weight_decay)
+    checked("learning_rate", learning_rate)
+    checked("b1", b1, below=1.0)
+    checked("b2", b2, below=1.0)
+    checked("eps", eps)
+    checked("weight_decay", weight_decay)
 
     def init(params: Any) -> RuleState:
         hyper = hyperparams(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
         return RuleState(_count(params), {"mu": _moment(params), "nu": _moment(params)}, _to(hyper, params))
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
-        h, rate, count = state.hyper, _rate(learning_rate, state), state.count + 1
+        h, rate, count = state.hyper, _rate(learning_rate, state), state.updates + 1
         first, second = 1 - h["b1"] ** count, (1 - h["b2"] ** count).sqrt()
         mu = tree.map(lambda m, g: m + (1 - h["b1"]) * (g.to(m.dtype) - m), state.moments["mu"], grads)
         nu = tree.map(lambda v, g: h["b2"] * v + (1 - h["b2"]) * g.to(v.dtype).square(), state.moments["nu"], grads)
@@ -123,7 +135,7 @@ def scale_by_schedule(schedule: Schedule) -> Optimizer:
     """Multiply updates by ``schedule(count)``, count = updates so far; after ``adamw(1.0)`` it is the learning rate."""
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
-        factor = schedule(state.count)
-        return tree.map(lambda g: factor.to(g.device) * g, grads), state._replace(count=state.count + 1)
+        factor = schedule(state.updates)
+        return tree.map(lambda g: factor.to(g.device) * g, grads), state._replace(updates=state.updates + 1)
 
     return Optimizer(lambda params: RuleState(_count(params), {}, {}), update)

@@ -31,11 +31,15 @@ def warmup_cosine(peak: float, *, warmup_steps: int, total_steps: int, end: floa
     [0.5, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0, 0.0]
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_cosine: warmup_steps={warmup_steps}, total_steps={total_steps}; required 0 <= warmup_steps < total_steps")
+        raise ValueError(
+            f"warmup_cosine: warmup_steps={warmup_steps}, total_steps={total_steps}; required 0 <= warmup_steps < total_steps"
+        )
     warm = linear_warmup(peak, warmup_steps)
 
     def schedule(count: Tensor) -> Tensor:
         done = ((count.double() - warmup_steps) / (total_steps - warmup_steps)).clamp(0.0, 1.0)
-        return torch.where(count < warmup_steps, warm(count), end + (peak - end) * 0.5 * (1 + torch.cos(math.pi * done)))
+        return torch.where(
+            count < warmup_steps, warm(count), end + (peak - end) * 0.5 * (1 + torch.cos(math.pi * done))
+        )
 
     return schedule

@@ -27,7 +27,7 @@ class _Axis(Protocol):
 
 def process_group(name: str) -> Any:
     """The process group of this name."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
 
 
 # --- traffic ---
@@ -108,7 +108,11 @@ def _reduce_scatter(out: Tensor, x: Tensor, n: int, group: Any) -> None:
     if n == 2 and x.dtype == torch.float32:
         torch.add(parts[: out.numel()], parts[out.numel() :], out=out)
     else:
-        out.copy_(parts.view(n, -1).sum(0, dtype=torch.float32 if x.is_floating_point() and x.dtype != torch.float64 else x.dtype))
+        out.copy_(
+            parts.view(n, -1).sum(
+                0, dtype=torch.float32 if x.is_floating_point() and x.dtype != torch.float64 else x.dtype
+            )
+        )
 
 
 def _gather_batch(x: Tensor, *c: Any) -> Tensor:

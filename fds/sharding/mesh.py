@@ -116,5 +116,7 @@ def _resolve(sizes: dict[str, int], world: int) -> dict[str, int]:
         raise ValueError(f"mesh: sizes {sizes}: each has to be a positive whole number, and at most one -1")
     fixed = math.prod(s for s in sizes.values() if s != -1)
     if world % fixed or (not free and fixed != world):
-        raise ValueError(f"mesh: sizes {sizes} multiply to {fixed}, the job has {world} rank{'s'[: world > 1]}; start it with `torchrun --nproc-per-node {fixed}`, or use {next(iter(sizes))}=-1")
+        raise ValueError(
+            f"mesh: sizes {sizes} multiply to {fixed}, the job has {world} rank{'s'[: world > 1]}; start it with `torchrun --nproc-per-node {fixed}`, or use {next(iter(sizes))}=-1"
+        )
     return {n: world // fixed if s == -1 else s for n, s in sizes.items()}

@@ -28,13 +28,22 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
     Law: ``restore(place(p)) == p``; over n ranks values and gradients equal one process on the global batch.
     Rajbhandari et al. 2020, arXiv:1910.02054, section 5.3.
     """
-    collectives.gather(torch.zeros(0), Axis("", 1, 0), reduce=reduce)  # an unknown `reduce` fails here, not in the first call
+    collectives.gather(
+        torch.zeros(0), Axis("", 1, 0), reduce=reduce
+    )  # an unknown `reduce` fails here, not in the first call
     if threshold < 0:
         raise ValueError(f"shard: threshold {threshold}, required a number of elements >= 0")
     options: dict[str, Any] = {"axis": axis, "reduce": reduce}
     if threshold:
         options["threshold"] = threshold
-    return through(lambda spec: _flat_lens(spec, axis, reduce, threshold), name="shard", options=options, provides=["flat"], conflicts=["flat", "whole"], axes=(axis,))
+    return through(
+        lambda spec: _flat_lens(spec, axis, reduce, threshold),
+        name="shard",
+        options=options,
+        provides=["flat"],
+        conflicts=["flat", "whole"],
+        axes=(axis,),
+    )
 
 
 def replicate(axis: Axis, *, reduce: str = "mean") -> Transform:
@@ -53,7 +62,9 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int) -> Lens | 
     groups: dict[str, list[str]] = {}
     for name, leaf in spec.items():
         if leaf.numel() >= threshold:
-            groups.setdefault(f"shard.{str(leaf.dtype).removeprefix('torch.')}{'' if leaf.requires_grad else '.frozen'}", []).append(name)
+            groups.setdefault(
+                f"shard.{str(leaf.dtype).removeprefix('torch.')}{'' if leaf.requires_grad else '.frozen'}", []
+            ).append(name)
     if not spec:
         return None
     flat = {n for names in groups.values() for n in names}
@@ -63,7 +74,11 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int) -> Lens | 
         return {**shards, **{n: params[n] for n in spec if n not in flat}}
 
     def get(stored: Params, reduce: str = reduce) -> Params:
-        out = {n: collectives.replicate(stored[n], axis, reduce=reduce) if spec[n].requires_grad else stored[n] for n in spec if n not in flat}
+        out = {
+            n: collectives.replicate(stored[n], axis, reduce=reduce) if spec[n].requires_grad else stored[n]
+            for n in spec
+            if n not in flat
+        }
         for key, names in groups.items():
             out |= unflatten(collectives.gather(stored[key], axis, reduce=reduce), {n: spec[n].shape for n in names})
         return {n: out[n] for n in spec}

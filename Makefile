@@ -1,0 +1,52 @@
+# `make demo` and `make test` set everything up by themselves, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint format examples bench-train clean
+
+# torch first and by itself: the constraint then keeps every later install from looking for another build of it.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/pip install -q setuptools wheel
+	$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/finetune.py --out out/demo
+
+test: $(VENV)/ready lint
+	$(BIN)/python -m pytest tests fds
+	$(MAKE) examples
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+examples: $(VENV)/ready
+	$(BIN)/python examples/differentiate.py
+	$(BIN)/python examples/write_a_lens.py
+	$(BIN)/python examples/per_sample_gradients.py
+
+bench-train: $(VENV)/ready .venv-peers/ready
+	$(BIN)/python benchmarks/train.py --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/report.py
+
+# DeepSpeed, the peer, has an environment of its own.
+.venv-peers/ready: constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	.venv-peers/bin/pip install -q setuptools wheel ninja
+	.venv-peers/bin/pip install -q --no-build-isolation deepspeed==0.19.8 transformers psutil
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-peers out build *.egg-info
