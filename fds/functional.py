@@ -280,7 +280,7 @@ class ModuleCore:
         for s in slots:
             s.registry[s.key] = leaf = leaves[s.leaf]
             if s.buffer:
-                s.registry[s.key] = leaf = leaf.clone()
+                s.registry[s.key] = leaf = leaf.detach().clone()
                 copies[s.leaf] = (leaf, leaf._version)
         _refresh_flat_weights(module)
         try:

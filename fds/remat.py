@@ -100,11 +100,11 @@ class _Call:
         return tuple(o for o in out if isinstance(o, Tensor))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self.keep is None:
-            return self(*tensors)
         self.kept = []
-        with _Keep(self.keep, self.kept):
-            return self(*tensors)
+        with _Keep(self.keep, self.kept) if self.keep else nullcontext():
+            out = self(*tensors)
+        # An input that comes out as it is (T5 hands its position bias on) has to be another tensor for autograd.
+        return tuple(o.view_as(o) if any(o is t for t in tensors) else o for o in out)
 
     def again(self, saved: list[Tensor], places: list[int], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The same call with `leaves` in the given places of the saved inputs."""

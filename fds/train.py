@@ -236,13 +236,14 @@ def _mean(x: Any, axes: tuple[Axis, ...]) -> Any:
 
 def _squares(step: TrainStep, grads: Any) -> dict[str, Tensor]:
     """The sum of squares of every gradient leaf, over all the ranks it is split over; one small reduction per set of axes."""
-    split = step.tx.axis is not None
-    leaves = dict(grads) if split else tree.named(grads)
-    over = (
-        {k: (step.tx.axis,) for k in leaves}
-        if split
-        else tree.named({s: {k: step.program.sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()})
+    axis, sites = step.tx.axis, step.program.sites
+    leaves = tree.named(grads) if axis is None else dict(grads)
+    split = (
+        tree.named({s: {k: sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()})
+        if axis is None
+        else {}
     )
+    over = {k: split.get(k, () if axis is None else (axis,)) for k in leaves}
     out = {k: tree.square_sum([g]) for k, g in leaves.items()}
     for axes in dict.fromkeys(over.values()):
         keys = [k for k in leaves if over[k] == axes]

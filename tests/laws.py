@@ -1,0 +1,222 @@
+"""The nine laws of fds (docs/architecture.md) over one table of transformations. Adding a transformation = adding a row.
+
+Every function here runs on one rank of `world`; `test_laws.py` calls it directly for one process and through `ranks.run` for several.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import zoo
+
+import fds
+
+
+def table(axis, targets="*.q_proj"):
+    """Name -> transformation. `axis` is the data axis, `targets` a linear layer of the family."""
+    return {
+        "nothing": fds.chain(),
+        "shard": fds.shard(axis),
+        "shard small whole": fds.shard(axis, threshold=100),
+        "replicate": fds.replicate(axis),
+        "checkpoint": fds.checkpoint(),
+        "checkpoint matmul": fds.checkpoint("matmul"),
+        "shard, checkpoint": fds.chain(fds.shard(axis), fds.checkpoint()),
+        "checkpoint, shard": fds.chain(fds.checkpoint(), fds.shard(axis)),
+        "offload": fds.offload("cpu"),
+        "offload, shard, checkpoint": fds.chain(fds.shard(axis), fds.offload("cpu"), fds.checkpoint()),
+        "cast": fds.cast("bfloat16"),
+        "shard, cast, checkpoint": fds.chain(fds.shard(axis), fds.cast("bfloat16"), fds.checkpoint()),
+        "lora": fds.lora(rank=2, targets=targets),
+        "lora, shard, checkpoint": fds.chain(fds.lora(rank=2, targets=targets), fds.shard(axis), fds.checkpoint()),
+        "at": fds.at("*.0", fds.checkpoint()),
+    }
+
+
+EXACT = ("nothing", "shard", "shard small whole", "replicate", "checkpoint", "checkpoint matmul", "shard, checkpoint", "checkpoint, shard", "offload", "offload, shard, checkpoint", "at")  # fmt: skip
+
+
+def setting(family, name, *, training=False):
+    """This rank's program, parameters and rows, and the global rows."""
+    axis = fds.sharding.mesh(dp=-1)["dp"]
+    program, params = fds.functionalize(zoo.build(family, training=training))
+    rows = zoo.batch(family)
+    mine = {k: v.chunk(axis.size)[axis.rank] for k, v in rows.items()}
+    return table(axis, zoo.FAMILIES[family][1])[name](program), params, mine, rows, axis
+
+
+def mean(x, axis):
+    return axis.sum(x.detach().clone()) / axis.size
+
+
+def distance(got, want):
+    """The largest difference of a leaf, relative to that leaf and a little of all (a key's bias has no gradient but noise)."""
+    whole = math.sqrt(sum(float(w.double().square().sum()) for w in want.values()))
+    return max(
+        float((got[k].double() - w.double()).norm() / (w.double().norm() + 1e-3 * whole + 1e-30))
+        for k, w in want.items()
+    )
+
+
+def round_trip(family, name):
+    program, params, *_ = setting(family, name)
+    back = program.restore(program.place(params))
+    assert list(back) == list(params)
+    for k, v in params.items():
+        assert torch.equal(back[k], v), k
+
+
+def meaning(family, name):
+    """Law 2: the same output as the module, bitwise in eager where nothing is rounded; the inputs are not written (law 9)."""
+    program, params, mine, _, _ = setting(family, name)
+    stored = program.place(params)
+    before = fds.tree.map(torch.clone, stored)
+    with torch.no_grad():
+        got, want = zoo.loss_of(program(stored, **mine)), zoo.loss_of(zoo.build(family)(**mine))
+    if "cast" in name:
+        assert abs(float(got - want)) < 16 * torch.finfo(torch.bfloat16).eps * abs(float(want))
+    else:
+        assert torch.equal(got, want) if name in EXACT else torch.allclose(got, want, rtol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(fds.tree.leaves(stored), fds.tree.leaves(before), strict=True))
+
+
+def gradient(family, name, how="eager"):
+    """Law 3: restored gradients are those of the plain module on the global batch, in eager, under torch.func, and compiled."""
+    program, params, mine, rows, axis = setting(family, name)
+    stored = program.place(params)
+    value, grads = differentiate(program, how)(stored, mine)
+    want_value, want = zoo.reference(family, rows)
+    got = program.restore(grads)
+    eps = torch.finfo(torch.bfloat16 if "cast" in name else torch.float32).eps
+    error = distance(got, want)
+    exact = name in EXACT and axis.size == 1 and how == "eager"
+    assert (
+        torch.equal(mean(value, axis), want_value) if exact else abs(float(mean(value, axis) - want_value)) < 64 * eps
+    )
+    assert error == 0.0 if exact else error < 64 * eps, error
+
+
+def differentiate(program, how):
+    def f(stored, batch):
+        return zoo.loss(program, stored, batch)
+
+    if how == "eager":
+        return fds.value_and_grad(f)
+    if how == "func":
+
+        def run(stored, batch):
+            floats = {s: {k: v for k, v in part.items() if v.is_floating_point()} for s, part in stored.items()}
+            rest = {s: {k: v for k, v in part.items() if not v.is_floating_point()} for s, part in stored.items()}
+            grads, value = torch.func.grad_and_value(lambda t: f({s: {**t[s], **rest[s]} for s in t}, batch))(floats)
+            return value.detach(), {s: {**grads[s], **rest[s]} for s in grads}
+
+        return run
+    torch._dynamo.reset()
+    return torch.compile(fds.value_and_grad(f), fullgraph=True, backend="aot_eager" if how == "traced" else "inductor")
+
+
+def adapters(family, how="eager"):
+    """Law 3 for LoRA: gradients of A and B against the plain formula, dW chained through W + s B A."""
+    axis = fds.sharding.mesh(dp=-1)["dp"]
+    base, params = fds.functionalize(zoo.build(family))
+    rows = zoo.batch(family)
+    mine = {k: v.chunk(axis.size)[axis.rank] for k, v in rows.items()}
+    lora = fds.lora(rank=2, alpha=6, targets=zoo.FAMILIES[family][1])
+    plain = lora(base)
+    inner = plain.place(params)
+    for part in inner.values():  # B starts at zero, which would hide the gradient of A
+        for k in part:
+            if "lora_B" in k:
+                part[k] = torch.randn(part[k].shape, generator=torch.Generator().manual_seed(3)) * 0.1
+    _, want = fds.value_and_grad(lambda s, b: zoo.loss_of(base(_fused_by_hand(inner, s, plain), **b)))(
+        _adapters(inner), rows
+    )
+    program = fds.chain(fds.shard(axis), fds.checkpoint())(plain)
+    stored = {
+        s: _through(p, plain.sites[s], inner[s], axis) for s, p in program.sites.items()
+    }  # the same B through `shard`
+    _, grads = differentiate(program, how)(stored, mine)
+    _, back = program.before("lora", grads)
+    got = {k: v for part in back.values() for k, v in part.items() if "lora_" in k}
+    want = {k: v for part in want.values() for k, v in part.items()}
+    assert want and distance(got, want) < 64 * torch.finfo(torch.float32).eps
+    assert all(float(v.norm()) > 0 for v in want.values())
+
+
+def _adapters(inner):
+    return {s: {k: v for k, v in part.items() if "lora_" in k} for s, part in inner.items()}
+
+
+def _fused_by_hand(inner, adapters, plain):
+    scale = next(t.settings.scale for t in plain.history)
+    out = {}
+    for s, part in inner.items():
+        out[s] = {k: v for k, v in part.items() if "lora_" not in k}
+        for k in adapters[s]:
+            if "lora_A" in k:
+                w = k.replace(".lora_A", "")
+                delta = scale * adapters[s][k.replace("lora_A", "lora_B")] @ adapters[s][k]
+                out[s][w] = out[s][w] + (delta.T if w in plain.marks["transposed"] else delta)
+    return out
+
+
+def _through(program, plain, leaves, axis):
+    """`leaves` of the adapted site, through the same shard lens as the program's."""
+    buffers = {k: v for k, v in leaves.items() if k in program.marks["buffer"]}
+    flat = fds.sharding.zero._flat_lens(fds.program.parameters(plain), axis, "mean", 0)
+    return {**(flat.put({k: v for k, v in leaves.items() if k not in buffers}) if flat else {}), **buffers}
+
+
+def traffic(family, name, gathers):
+    """Law 8: bytes on the wire are the closed form: every site `gathers` times, the root once, and each gradient once."""
+    program, params, mine, _, axis = setting(family, name)
+    stored = program.place(params)
+    with fds.sharding.record() as wire:
+        differentiate(program, "eager")(stored, mine)
+    size = {
+        s: sum(v.numel() * v.element_size() for k, v in part.items() if k.startswith("shard.")) * axis.size
+        for s, part in program.spec.items()
+    }
+    wire_share = 0.5 if "cast" in name else 1.0
+    sites = sum(v for s, v in size.items() if s)
+    assert wire.bytes["gather"] == wire_share * (gathers * sites + size[""])
+    assert wire.bytes["scatter"] == wire_share * (sites + size[""])
+    return wire.calls
+
+
+def ten_steps(family, name, microbatches=1, how="eager", optimizer="adamw", training=False):
+    """Laws 2, 4 and 6: ten training steps; returns the losses and the final logical parameters."""
+    program, params, mine, _, axis = setting(family, name, training=training)
+    tx = fds.optim.chain(fds.optim.clip_by_global_norm(0.5), fds.optim.adamw(1e-2, weight_decay=0.1))
+    tx = {
+        "adamw": tx,
+        "offloaded": fds.optim.offloaded(tx),
+        "sharded": fds.optim.sharded(tx, axis),
+        "sharded offloaded": fds.optim.sharded(fds.optim.offloaded(tx), axis),
+    }[optimizer]
+    step = fds.train_step(program, tx, loss=zoo.loss, microbatches=microbatches, seed=5)
+    run = fds.compile(step) if how == "compiled" else step
+    state = step.init(params)
+    losses, norms = [], []
+    for _ in range(10):
+        state, metrics = run(state, mine)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    return losses, norms, {k: v.clone() for k, v in program.restore(state.params).items()}
+
+
+def ragged(microbatches):
+    """A padded batch: every rank and microbatch has another number of real tokens."""
+    axis = fds.sharding.mesh(dp=-1)["dp"]
+    program, params = fds.functionalize(zoo.build("llama"))
+    rows = zoo.batch("llama")["input_ids"]
+    mask = (torch.arange(12) < torch.tensor([[12], [3], [7], [2]])).long()
+    mine = {"input_ids": rows.chunk(axis.size)[axis.rank], "attention_mask": mask.chunk(axis.size)[axis.rank]}
+    step = fds.train_step(fds.shard(axis)(program), fds.optim.sgd(0.1), microbatches=microbatches)
+    state, metrics = step(step.init(params), mine)
+    return float(metrics["loss"]), float(metrics["grad_norm"]), step.program.restore(state.params)
+
+
+def seen_by(rank_of_interest=0):
+    """World size and rank, as the worker sees them."""
+    return dist.get_world_size(), dist.get_rank()

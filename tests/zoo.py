@@ -1,0 +1,82 @@
+"""Tiny models of many families, each with a batch of four rows and the module path of a linear layer in its blocks."""
+
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from torch import nn
+
+VOCABULARY = 97
+_BASE = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+             bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+_IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+class ConvNet(nn.Module):
+    """Convolutions and BatchNorm; no transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(3)
+        )
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, pixels):
+        for block in self.blocks:
+            pixels = pixels + block(pixels)
+        return self.head(pixels.mean((-2, -1)))
+
+
+FAMILIES = {
+    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_BASE)), "*.q_proj"),
+    "llama-tied": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_BASE, tie_word_embeddings=True)), "*.q_proj"),
+    "qwen3": (lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_BASE, head_dim=8)), "*.q_proj"),
+    "mistral": (lambda: tf.MistralForCausalLM(tf.MistralConfig(**_BASE, sliding_window=8)), "*.q_proj"),
+    "gemma3": (lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**_BASE, head_dim=8, sliding_window=8)), "*.q_proj"),
+    "gpt2": (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_IDS)), "*.c_attn"),
+    "opt": (lambda: tf.OPTForCausalLM(tf.OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32, **_IDS)), "*.q_proj"),
+    "bloom": (lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **_IDS)), "*.query_key_value"),
+    "falcon": (lambda: tf.FalconForCausalLM(tf.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **_IDS)), "*.query_key_value"),
+    "mixtral": (lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**_BASE, num_local_experts=4, experts_implementation="batched_mm")), "*.q_proj"),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)), "*.query"),
+    "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **_IDS)), "*.q"),
+    "convnet": (ConvNet, "head"),
+}  # fmt: skip
+
+
+def build(family, *, training=False):
+    """The model of a family, always with the same weights."""
+    torch.manual_seed(0)
+    model = FAMILIES[family][0]().train(training)
+    with torch.no_grad():  # no leaf may be zero or one throughout: such a leaf hides a wrong gradient
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    return model
+
+
+def batch(family, rows=4, *, seed=1):
+    """Keyword arguments of the model's forward."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "convnet":
+        return {"pixels": torch.randn(rows, 4, 6, 6, generator=generator)}
+    ids = torch.randint(3, VOCABULARY, (rows, 12), generator=generator)
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)[:, :7]} if family == "t5" else {"input_ids": ids}
+
+
+def loss_of(out):
+    """A mean over rows that every family has: minus the log-probability of one class."""
+    logits = out if isinstance(out, torch.Tensor) else out.logits
+    return -F.log_softmax(logits.float(), -1)[..., 3].mean()
+
+
+def loss(program, stored, batch):
+    return loss_of(program(stored, **batch))
+
+
+def reference(family, rows, *, training=False):
+    """Loss and gradients by name of the plain module on a batch."""
+    model = build(family, training=training)
+    value = loss_of(model(**rows))
+    names, params = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
+    return value.detach(), dict(zip(names, grads, strict=True))
