@@ -1,9 +1,11 @@
 """fds: models as pure functions over parameter trees; sharding, offload, adapters and precision as transformations that compose."""
 
 from fds import losses, optim, sharding, tree
+from fds.checkpoint import load, load_adapters, load_state, save, save_adapters, save_state
 from fds.compiling import compile
 from fds.frame import with_seed, with_updates
 from fds.functional import functionalize
+from fds.generate import decode, generate
 from fds.grad import value_and_grad
 from fds.lora import fuse_lora, lora
 from fds.offload import offload
@@ -16,6 +18,40 @@ from fds.train import NonFiniteError, TrainState, TrainStep, train_step
 __version__ = "0.1.0"
 
 __all__ = [
-    "Lens", "NonFiniteError", "Program", "TrainState", "TrainStep", "Transform", "around", "at", "cast", "chain", "checkpoint", "compile", "functionalize", "fuse_lora",
-    "lora", "losses", "offload", "optim", "relayout", "replicate", "shard", "sharding", "through", "train_step", "tree", "value_and_grad", "with_seed", "with_updates",
+    "Lens",
+    "NonFiniteError",
+    "Program",
+    "TrainState",
+    "TrainStep",
+    "Transform",
+    "around",
+    "at",
+    "cast",
+    "chain",
+    "checkpoint",
+    "compile",
+    "decode",
+    "functionalize",
+    "fuse_lora",
+    "generate",
+    "load",
+    "load_adapters",
+    "load_state",
+    "lora",
+    "losses",
+    "offload",
+    "optim",
+    "relayout",
+    "replicate",
+    "save",
+    "save_adapters",
+    "save_state",
+    "shard",
+    "sharding",
+    "through",
+    "train_step",
+    "tree",
+    "value_and_grad",
+    "with_seed",
+    "with_updates",
 ]  # fmt: skip

@@ -160,6 +160,14 @@ class ModuleCore:
         """The module on the meta device, untouched: for its class, configuration and attributes."""
         return self._pristine
 
+    def first_name(self, name: str) -> str:
+        """The name under which a leaf is kept, for any name it goes by."""
+        return self._leaves.first.get(name, name)
+
+    def tensors(self) -> Params:
+        """The tensors of the module the programs were made from."""
+        return self._leaves.tensors
+
     def with_training(self, training: bool) -> Program:
         if self._pristine.training == training and all(m.training == training for m in self._pristine.modules()):
             return self.program

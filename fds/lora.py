@@ -92,7 +92,7 @@ class _Lora(Transform):
         if self.name == "lora" and self.settings.dropout:
             for name in targets:
                 wrap = partial(_beside, self.settings, name, name in p.marks["transposed"])
-                new = attrs.evolve(_around_site(site, new, wrap, name.rpartition(".")[0]), peel=new.peel)
+                new = _around_site(site, new, wrap, name.rpartition(".")[0])
         return new
 
 

@@ -94,6 +94,8 @@ class Program:
     core: Core | None = None
     inner: "Program | None" = None  # the program before the last transformation
     peel: Callable[[Any], Any] = _same  # stored -> stored of `inner`
+    push: Callable[[Any], Any] = _same  # stored of `inner` -> stored
+    memo: dict[str, Any] = attrs.field(init=False, factory=dict)  # what was compiled for this program
 
     def __call__(self, stored: Any, *args: Any, **kwargs: Any) -> Any:
         return self.apply(stored, *args, **kwargs)
@@ -138,6 +140,12 @@ class Program:
         while program.history[-1].name != name and program.inner is not None:
             stored, program = program.peel(stored), program.inner
         return program, stored
+
+    def after(self, program: "Program", stored: Any) -> Any:
+        """The way back from `before`: `stored` of an earlier `program` in this one's representation."""
+        if program is self or self.inner is None:
+            return stored
+        return self.push(self.inner.after(program, stored))
 
     def trainable(self, stored: Stored) -> Stored:
         """The trainable part of a stored tree (the same tensors)."""
@@ -196,7 +204,14 @@ class Transform:
         new = p if self.lens is None else _through_site(p, self.lens(p), self)
         if self.wrap is not None:
             new = _around_site(site, new, self.wrap, self.scope)
-        return attrs.evolve(new, history=(*p.history, self), inner=p, peel=new.peel if new is not p else _same)
+        changed = self.lens is not None and new.stack != p.stack
+        return attrs.evolve(
+            new,
+            history=(*p.history, self),
+            inner=p,
+            peel=new.peel if changed else _same,
+            push=new.push if changed else _same,
+        )
 
     def __repr__(self) -> str:
         if self.parts is not None:
@@ -235,9 +250,9 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
         params = {k: v for k, v in stored.items() if k not in buffers}
         return {**f(params), **{k: v for k, v in stored.items() if k in buffers}}
 
-    def put(logical: Params) -> Params:
+    def push(inner: Params) -> Params:
         with torch.no_grad():
-            return lift(lens.put, p.place(logical))
+            return lift(lens.put, inner)
 
     def peel(stored: Params) -> Params:
         with torch.no_grad():
@@ -248,22 +263,23 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
     return attrs.evolve(
         p,
         spec=spec,
-        place=put,
+        place=lambda params: push(p.place(params)),
         apply=lambda stored, *args, **kwargs: p.apply(lift(lens.get, stored), *args, **kwargs),
         restore=lambda stored: p.restore(peel(stored)),
         axes={**{k: v for k, v in p.axes.items() if k in spec}, **lens.axes},
         stack=(*p.stack, transform),
         tol=max(p.tol, lens.tol),
         peel=peel,
+        push=push,
     )
 
 
 def _around_site(site: str, p: Program, wrap: Wrap, scope: str) -> Program:
     """Program `p` of a site with its call, or the calls of modules inside it, wrapped."""
     if scope == "root" or scope == "sites":
-        return attrs.evolve(p, apply=wrap(p.apply), peel=_same) if (site == "") == (scope == "root") else p
+        return attrs.evolve(p, apply=wrap(p.apply)) if (site == "") == (scope == "root") else p
     if site and tree.matches(scope, site):
-        return attrs.evolve(p, apply=wrap(p.apply), peel=_same)
+        return attrs.evolve(p, apply=wrap(p.apply))
     core = p.core
     paths = _outermost(m for m in (core.modules(site) if core else []) if tree.matches(scope, m))
     if core is None or not paths:
@@ -318,12 +334,15 @@ def assemble(
     def peel(stored: Stored) -> Stored:
         return {s: sites[s].peel(stored[s]) for s in names}
 
+    def push(inner: Stored) -> Stored:
+        return {s: sites[s].push(inner[s]) for s in names}
+
     spec = {s: p.spec for s, p in sites.items()}
     owned = {s: list(p.origin.spec) for s, p in sites.items()}
     logical = list(like.order)
     return attrs.evolve(
         like, spec=spec, place=place, apply=apply, restore=restore, sites=dict(sites), history=history, data_axes=_distinct(data_axes),
-        tol=max(p.tol for p in sites.values()), inner=like if history else None, peel=peel,
+        tol=max(p.tol for p in sites.values()), inner=like if history else None, peel=peel, push=push,
     )  # fmt: skip
 
 
@@ -400,7 +419,7 @@ def whole(
     """Lift a function of whole programs to a transformation; it is recorded as one step of the history."""
 
     def recorded(program: Program) -> Program:
-        return attrs.evolve(rewrite(program), history=(*program.history, t), inner=program, peel=_same)
+        return attrs.evolve(rewrite(program), history=(*program.history, t), inner=program, peel=_same, push=_same)
 
     t = _transform(name, options, contract, rewrite=recorded)
     return t

@@ -128,7 +128,7 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.keep(func):
-            self.kept.append(_plain(out))
+            self.kept.append((func, _plain(out)))
         return out
 
 
@@ -140,7 +140,14 @@ class _Replay(_Keep):
         self.left = iter(kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _plain(next(self.left)) if self.keep(func) else func(*args, **(kwargs or {}))
+        if not self.keep(func):
+            return func(*args, **(kwargs or {}))
+        op, out = next(self.left, (None, None))
+        if op is not func:
+            raise ValueError(
+                f"checkpoint: recompute ran {func} where forward ran {op}, so what the policy kept does not fit (attention takes another kernel when its mask needs a gradient); use checkpoint() without a policy"
+            )
+        return _plain(out)
 
 
 def _plain(out: Any) -> Any:

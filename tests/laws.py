@@ -89,7 +89,13 @@ def gradient(family, name, how="eager"):
     got = program.restore(grads)
     eps = torch.finfo(torch.bfloat16 if "cast" in name else torch.float32).eps
     error = distance(got, want)
-    exact = name in EXACT and axis.size == 1 and how == "eager"
+    # T5's blocks share one position bias, whose gradients recompute adds up in another order.
+    exact = (
+        name in EXACT
+        and axis.size == 1
+        and how == "eager"
+        and not (family == "t5" and ("checkpoint" in name or name == "at"))
+    )
     assert (
         torch.equal(mean(value, axis), want_value) if exact else abs(float(mean(value, axis) - want_value)) < 64 * eps
     )

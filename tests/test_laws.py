@@ -3,7 +3,6 @@
 import laws
 import pytest
 import ranks
-import torch
 import zoo
 
 FAMILIES = list(zoo.FAMILIES)
@@ -26,14 +25,25 @@ def test_round_trip_and_meaning(family, name):
 @pytest.mark.parametrize("name", [n for n in NAMES if "lora" not in n])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient(family, name):
-    if usable(family, name):
+    if usable(family, name) and not unkept(family, name):
         laws.gradient(family, name)
+
+
+def unkept(family, name):
+    """Attention whose mask needs a gradient (T5) runs other operators in recompute than in forward; a policy refuses that."""
+    return family == "t5" and name == "checkpoint matmul"
+
+
+def test_a_policy_that_does_not_fit_raises():
+    with pytest.raises(ValueError, match="recompute ran"):
+        laws.gradient("t5", "checkpoint matmul")
 
 
 @pytest.mark.parametrize("name", ["nothing", "shard, checkpoint", "checkpoint matmul", "cast"])
 @pytest.mark.parametrize("family", ["llama-tied", "gemma3", "gpt2", "bert", "t5", "mixtral", "falcon"])
 def test_gradient_under_torch_func(family, name):
-    laws.gradient(family, name, "func")
+    if not unkept(family, name):
+        laws.gradient(family, name, "func")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,4 +152,3 @@ def test_the_pool_reports_a_failing_rank():
     with pytest.raises(RuntimeError, match="rank 0 of 2"):
         ranks.run(2, laws.round_trip, "no such family", "shard")
     assert ranks.run(2, laws.seen_by) == [(2, 0), (2, 1)]
-    torch.manual_seed(0)
