@@ -12,7 +12,7 @@ from fds.offload import offload
 from fds.precision import cast
 from fds.program import Lens, Program, Transform, around, at, chain, relayout, through
 from fds.remat import checkpoint
-from fds.sharding import replicate, shard
+from fds.sharding import launch, replicate, shard
 from fds.train import NonFiniteError, TrainState, TrainStep, train_step
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "functionalize",
     "fuse_lora",
     "generate",
+    "launch",
     "load",
     "load_adapters",
     "load_state",

@@ -43,7 +43,16 @@ def test_compiled_and_transformed():
         model.eval().generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=24, pad_token_id=0),
     )
     again = fds.generate(train, train.place(params), ids[:, :7], max_new_tokens=5)  # the same graph, another length
-    assert torch.equal(again, model.generate(input_ids=ids[:, :7], do_sample=False, max_new_tokens=5, pad_token_id=0))
+    assert torch.equal(
+        again,
+        model.generate(
+            input_ids=ids[:, :7],
+            attention_mask=torch.ones_like(ids[:, :7]),
+            do_sample=False,
+            max_new_tokens=5,
+            pad_token_id=0,
+        ),
+    )
 
 
 def test_the_end_token_ends_a_row():

@@ -18,6 +18,11 @@ from fds import tree
 from fds._torch import linear_operator
 
 
+# Renamed in torch 2.13; the old names warn there.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _Axis(Protocol):
     @property
     def size(self) -> int: ...
@@ -81,7 +86,7 @@ def _count(name: str, buffer: Tensor) -> None:
 def _gather(x: Tensor, n: int, group: str, mean: bool) -> Tensor:
     out = x.new_empty(x.numel() * n)
     _count("gather", out)
-    dist.all_gather_into_tensor(out, x.contiguous(), group=process_group(group))
+    _ALL_GATHER(out, x.contiguous(), group=process_group(group))
     return out
 
 
@@ -101,7 +106,7 @@ def _reduce_scatter(out: Tensor, x: Tensor, n: int, group: Any) -> None:
     arithmetic inside gloo's ring.
     """
     if x.device.type == "cuda":
-        dist.reduce_scatter_tensor(out, x, group=group)
+        _REDUCE_SCATTER(out, x, group=group)
         return
     parts = torch.empty_like(x)
     dist.all_to_all_single(parts, x, group=group)

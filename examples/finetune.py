@@ -1,0 +1,227 @@
+"""Train a 10M Llama on the standard library's source, adapt it with LoRA, fuse, generate, export, resume. The main job of fds.
+
+python examples/finetune.py --out out/demo        # starts its own two ranks (gloo on CPU, nccl on CUDA)
+"""
+
+import argparse
+import json
+import math
+import os
+import sysconfig
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tokenizers import ByteLevelBPETokenizer
+
+import fds
+
+PROMPTS = ("def read_file(path):\n", "class Stack:\n    def push(self, item):\n", "import os\n\ndef main():\n")
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", default="out/finetune", help="folder for pictures, checkpoints and the exported model")
+    p.add_argument("--ranks", type=int, default=2, help="processes to start; 0: this one only, or under torchrun")
+    p.add_argument("--steps", type=int, default=160, help="pre-training steps")
+    p.add_argument("--tune-steps", type=int, default=30, help="LoRA fine-tuning steps on held-out files")
+    p.add_argument("--batch", type=int, default=8, help="rows of the global batch")
+    p.add_argument("--length", type=int, default=128, help="tokens in a row")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--rank", type=int, default=8, help="LoRA rank")
+    p.add_argument("--vocabulary", type=int, default=4096, help="size of the BPE vocabulary")
+    p.add_argument("--no-compile", action="store_true", help="run the steps in eager mode")
+    return p.parse_args()
+
+
+def corpus(vocabulary):
+    """Token ids of training files and of held-out files, and the tokeniser trained on the former."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [f.read_text(errors="ignore") for f in files]
+    held = [t for i, t in enumerate(texts) if i % 10 == 0]
+    train = [t for i, t in enumerate(texts) if i % 10]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(train, vocab_size=vocabulary, special_tokens=["<|end|>"], show_progress=False)
+    return *(torch.tensor([i for t in part for i in [*bpe.encode(t).ids, 0]]) for part in (train, held)), bpe
+
+
+def batches(ids, args, axis, seed):
+    """Endless random windows; every rank draws the same global batch and takes its own rows."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        at = torch.randint(len(ids) - args.length, (args.batch,), generator=generator)
+        rows = torch.stack([ids[i : i + args.length] for i in at])
+        yield {"input_ids": rows.chunk(axis.size)[axis.rank]}
+
+
+def memory():
+    """Resident bytes of this process, or allocated bytes of its GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def run(step, state, data, steps, title, curve, args, axis):
+    """`steps` steps of `step`; appends (loss, tokens/s, memory) to `curve`."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, disable=axis.rank > 0) as bar:
+        task = bar.add_task(title, total=steps)
+        for _ in range(steps):
+            start = time.perf_counter()
+            state, metrics = step(state, next(data))
+            loss, speed = float(metrics["loss"]), args.batch * args.length / (time.perf_counter() - start)
+            curve.append((loss, speed, memory()))
+            bar.update(
+                task,
+                advance=1,
+                description=f"{title}  loss {loss:.3f}  {speed:,.0f} tokens/s  {memory() / 1e6:,.0f} MB",
+            )
+    return state
+
+
+@torch.no_grad()
+def evaluate(program, stored, ids, args, axis):
+    """Mean loss on fixed windows, over all ranks."""
+    rows = next(batches(ids, argparse.Namespace(**{**vars(args), "batch": 8 * axis.size}), axis, 99))
+    return float(axis.mean(fds.losses.causal_lm(program.eval(), stored, rows)))
+
+
+def main(args):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(args.ranks, 1)))
+    out, console, started = Path(args.out), Console(), time.perf_counter()
+    axis = fds.sharding.mesh(dp=-1)["dp"]
+    train_ids, held_ids, bpe = corpus(args.vocabulary)
+    counts = Counter(train_ids.tolist())
+    unigram = -sum(math.log((counts[i] + 1) / (len(train_ids) + args.vocabulary)) for i in held_ids.tolist()) / len(
+        held_ids
+    )
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=args.vocabulary, hidden_size=320, intermediate_size=864, num_hidden_layers=6, num_attention_heads=5, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
+    program, params = fds.functionalize(transformers.LlamaForCausalLM(config))
+
+    # 1. Pre-train in bfloat16: ZeRO-3, recomputed blocks, AdamW with its state in host memory.
+    train = fds.chain(fds.shard(axis), fds.cast(torch.bfloat16), fds.checkpoint())(program)
+    rate = fds.optim.warmup_cosine(args.lr, warmup_steps=args.steps // 10, total_steps=args.steps)
+    plain = fds.train_step(
+        train,
+        fds.optim.chain(
+            fds.optim.clip_by_global_norm(1.0), fds.optim.offloaded(fds.optim.adamw(rate, weight_decay=0.01))
+        ),
+    )
+    step = plain if args.no_compile else fds.compile(plain)
+    curve, data, half = [], batches(train_ids, args, axis, 0), args.steps // 2
+    state = run(step, step.init(params), data, half, "pre-train", curve, args, axis)
+    fds.save_state(out / "state", plain, state)  # 5. stop here, and go on from the files
+    state = fds.load_state(out / "state", plain)
+    state = run(step, state, data, args.steps - half, "resumed  ", curve, args, axis)
+    pretrained, validation = train.restore(state.params), evaluate(train, state.params, held_ids, args, axis)
+
+    # 2. LoRA on held-out files: the base is frozen and sharded, the adapters train.
+    tune = fds.chain(
+        fds.lora(rank=args.rank, targets=("*.[qv]_proj", "*.mlp.*_proj")), fds.shard(axis), fds.checkpoint()
+    )(program)
+    tuner = fds.train_step(tune, fds.optim.adamw(args.lr))
+    tuner = tuner if args.no_compile else fds.compile(tuner)
+    tuned = run(
+        tuner, tuner.init(pretrained), batches(held_ids, args, axis, 1), args.tune_steps, "LoRA     ", curve, args, axis
+    )
+    adapted = evaluate(tune, tuned.params, held_ids, args, axis)
+    fds.save_adapters(out / "adapters", tune, tuned.params)
+
+    # 3. Fuse and generate. The base weights are not touched: `tuned` could train on.
+    fused = fds.fuse_lora()(tune)
+    weights = fds.relayout(tune, fused)(tuned.params)
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([bpe.encode(prompt).ids])
+        texts.append(
+            bpe.decode(
+                fds.generate(fused, weights, ids, max_new_tokens=48, temperature=0.7, top_k=40, seed=1, compile=False)[
+                    0
+                ].tolist()
+            )
+        )
+
+    # 4. Export, and compare with transformers on the exported files.
+    fds.save(out / "model", fused, weights)
+    bpe.save(str(out / "model" / "tokenizer.json")) if axis.rank == 0 else None
+    ids = held_ids[None, : args.length]
+    with torch.no_grad():
+        ours = fused.eval()(weights, input_ids=ids).logits
+        theirs = transformers.LlamaForCausalLM.from_pretrained(out / "model").eval()(input_ids=ids).logits
+    if not torch.equal(ours, theirs):
+        raise SystemExit(f"exported logits differ by {float((ours - theirs).abs().max())}")
+    if axis.rank == 0:
+        report(
+            console,
+            out,
+            curve,
+            texts,
+            args,
+            unigram,
+            validation,
+            adapted,
+            sum(v.numel() for v in params.values()),
+            axis,
+            time.perf_counter() - started,
+        )
+    if args.steps >= 100 and not validation < unigram:
+        raise SystemExit(f"validation loss {validation:.3f} is not below the unigram entropy {unigram:.3f}")
+
+
+def report(console, out, curve, texts, args, unigram, validation, adapted, size, axis, seconds):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for text in texts:
+        console.print(text.strip(), "\n", style="dim", markup=False)
+    for name, column, scale, unit in (
+        ("loss", 0, 1, "loss (nats per token)"),
+        ("memory", 2, 1e-6, "memory of rank 0 (MB)"),
+    ):
+        fig, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+        ax.plot([c[column] * scale for c in curve], lw=1.5)
+        for x, label in ((args.steps // 2, "saved, resumed"), (args.steps, "LoRA")):
+            ax.axvline(x, color="gray", ls="--", lw=1)
+            ax.annotate(
+                label,
+                (x, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, -12),
+                textcoords="offset points",
+                fontsize=9,
+            )
+        if name == "loss":
+            ax.axhline(unigram, color="tab:red", lw=1, label="unigram entropy of the held-out files")
+            ax.legend(loc="upper right")
+        ax.set(xlabel="step", ylabel=unit)
+        fig.savefig(out / f"{name}.png", dpi=120)
+    half = args.steps // 2
+    rows = {
+        "parameters": f"{size / 1e6:.1f}M on {axis.size} ranks", "tokens/s (median)": f"{sorted(c[1] for c in curve[: args.steps])[args.steps // 2]:,.0f}",
+        "loss before / after the resume": f"{sum(c[0] for c in curve[half - 3 : half]) / 3:.3f} / {sum(c[0] for c in curve[half : half + 3]) / 3:.3f}",
+        "unigram entropy, held-out files": f"{unigram:.3f}", "validation loss": f"{validation:.3f}", "after LoRA on them": f"{adapted:.3f}",
+        "exported logits in transformers": "equal", "peak memory of rank 0": f"{max(c[2] for c in curve) / 1e6:,.0f} MB", "seconds": f"{seconds:.0f}",
+    }  # fmt: skip
+    table = Table("", "result", title=f"fds {fds.__version__}")
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console.print(table)
+    (out / "result.json").write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    fds.launch(main, arguments())
