@@ -28,11 +28,11 @@ def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="out/finetune", help="folder for pictures, checkpoints and the exported model")
     p.add_argument("--ranks", type=int, default=2, help="processes to start; 0: this one only, or under torchrun")
-    p.add_argument("--steps", type=int, default=160, help="pre-training steps")
-    p.add_argument("--tune-steps", type=int, default=30, help="LoRA fine-tuning steps on held-out files")
+    p.add_argument("--steps", type=int, default=60, help="pre-training steps")
+    p.add_argument("--tune-steps", type=int, default=10, help="LoRA fine-tuning steps on held-out files")
     p.add_argument("--batch", type=int, default=8, help="rows of the global batch")
     p.add_argument("--length", type=int, default=128, help="tokens in a row")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--rank", type=int, default=8, help="LoRA rank")
     p.add_argument("--vocabulary", type=int, default=4096, help="size of the BPE vocabulary")
     p.add_argument("--no-compile", action="store_true", help="run the steps in eager mode")
@@ -176,7 +176,7 @@ def main(args):
             axis,
             time.perf_counter() - started,
         )
-    if args.steps >= 100 and not validation < unigram:
+    if args.steps >= 50 and not validation < unigram:
         raise SystemExit(f"validation loss {validation:.3f} is not below the unigram entropy {unigram:.3f}")
 
 

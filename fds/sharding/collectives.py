@@ -17,7 +17,6 @@ from torch import Tensor
 from fds import tree
 from fds._torch import linear_operator
 
-
 # Renamed in torch 2.13; the old names warn there.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -1,0 +1,44 @@
+"""fds as a contender: ZeRO-3 over the ranks as one compiled step, or the plain compiled step in one process. Options: `regather`."""
+
+from typing import Any
+
+import torch
+from common import LEARNING_RATE, SIZES, Job, llama
+from torch import Tensor
+from worker import Built
+
+import fds
+from fds.sharding import collectives
+
+
+def build(job: Job) -> Built:
+    """The step of the README. Keep: gathered weights stay for backward. Re-gather: they come again, and blocks are recomputed."""
+    program, params = fds.functionalize(llama(job))
+    step = fds.compile(fds.train_step(_chain(job)(program), fds.optim.adamw(LEARNING_RATE)))
+    state = step.init(params)
+    del params, program
+    facts: dict[str, Any] = {"optimizer": "fds adamw"}
+
+    def run(ids: Tensor) -> float:
+        nonlocal state
+        with collectives.record() as traffic:
+            state, metrics = step(state, {"input_ids": ids})
+        facts["traffic"] = _traffic(traffic, job)
+        return float(metrics["loss"])
+
+    return Built(run, facts=facts)
+
+
+def _chain(job: Job) -> Any:
+    mesh = fds.sharding.mesh(dp=job.world)
+    parts = [fds.shard(mesh["dp"])] if job.world > 1 else []
+    parts += [fds.cast(torch.bfloat16)] if job.low else []
+    parts += [fds.checkpoint()] if job.options.get("regather") else []
+    return fds.chain(*parts)
+
+
+def _traffic(traffic: Any, job: Job) -> dict[str, Any]:
+    """Calls and bytes of a step, and its large collectives in units of the parameters' size on the wire."""
+    wire = SIZES[job.size].parameters * (2 if job.low else 4)
+    moved = sum(n for name, n in traffic.bytes.items() if name in ("gather", "scatter"))
+    return {"calls": dict(traffic.calls), "bytes": dict(traffic.bytes), "times_parameters": round(moved / wire, 4)}
