@@ -126,6 +126,9 @@ class _Slot:
     key: str
     leaf: str
     buffer: bool
+    written: bool = (
+        False  # by an operator that does not count it as a change (batch normalisation's running statistics)
+    )
 
 
 class ModuleCore:
@@ -274,10 +277,12 @@ class ModuleCore:
     def _find_slots(self, path: str) -> Iterable[_Slot]:
         for name in [path, *self.modules(path)]:
             m = self._modules[name]
+            written = isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats
             for registry, buffer in ((m._parameters, False), (m._buffers, True)):
                 for key, t in registry.items():
                     if t is not None:
-                        yield _Slot(registry, key, self._leaves.first[f"{name}.{key}".lstrip(".")], buffer)  # type: ignore[arg-type]
+                        leaf = self._leaves.first[f"{name}.{key}".lstrip(".")]
+                        yield _Slot(registry, key, leaf, buffer, buffer and written)  # type: ignore[arg-type]
 
     def call(self, path: str, leaves: Params, *args: Any, **kwargs: Any) -> Any:
         """Run the module at `path` with `leaves` in its registries. Buffers are copied first: a forward may write to them."""
@@ -294,12 +299,7 @@ class ModuleCore:
         try:
             with scoped(leaves=leaves, training=module.training), randomness(module.training):
                 out = self._forwards[path](*args, **kwargs) if path in self._forwards else module(*args, **kwargs)
-            updates = {
-                s.leaf: s.registry[s.key]
-                for s in slots
-                if s.buffer
-                and (s.registry[s.key] is not copies[s.leaf][0] or copies[s.leaf][0]._version != copies[s.leaf][1])
-            }
+            updates = {s.leaf: s.registry[s.key] for s in slots if s.buffer and _changed(s, *copies[s.leaf])}
         finally:
             for s, t in zip(slots, held, strict=True):
                 s.registry[s.key] = t
@@ -311,10 +311,14 @@ class ModuleCore:
         wraps = FRAME.get().wraps
         known = {s.leaf for s in slots}
         for name in leaves:
-            if name not in known and not any(name.startswith(w + ".") for w in wraps):
+            if name not in known and self.owner.get(name) != path and not any(name.startswith(w + ".") for w in wraps):
                 raise ValueError(
                     f"{name}: no parameter of {path or repr(self)} takes this leaf; the outermost `get` has to return the names that the module declares"
                 )
+
+
+def _changed(slot: _Slot, copy: Tensor, version: int) -> bool:
+    return slot.written or slot.registry[slot.key] is not copy or copy._version != version
 
 
 def _identity(x: Any) -> Any:

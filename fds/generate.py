@@ -59,7 +59,8 @@ def _as_transformers(cache: Cache, slots: int, layers: int) -> Any:
     from transformers.cache_utils import StaticLayer
 
     held = Held(layers=[StaticLayer(max_cache_len=slots) for _ in range(layers)])
-    for layer, keys, values in zip(held.layers, cache["keys"], cache["values"], strict=True):
+    filled: list[Any] = held.layers
+    for layer, keys, values in zip(filled, cache["keys"], cache["values"], strict=True):
         layer.cumulative_length = cache["length"].clone()
         if keys is not None:
             layer.keys, layer.values = keys.clone(), values.clone()

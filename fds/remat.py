@@ -63,12 +63,13 @@ def _recomputed(apply: Apply, keep: Callable[[Any], bool] | None) -> Apply:
         if not inside_functorch() and not (torch.is_grad_enabled() and any(flat[i].requires_grad for i in where)):
             return apply(*args, **kwargs)
         call = _Call(apply, flat, spec, where, keep, inside_functorch())
-        results = iter(_function(call).apply(*[flat[i] for i in where]))
-        return pytree.tree_unflatten(
-            [next(results) if isinstance(o, Tensor) else o for o in call.outputs], call.out_spec
-        )
+        results = iter(_Recompute.apply(call, *[flat[i] for i in where]))
+        return pytree.tree_unflatten([next(results) if o is _TENSOR else o for o in call.outputs], call.out_spec)
 
     return run
+
+
+_TENSOR = object()
 
 
 @attrs.define(eq=False)
@@ -96,7 +97,7 @@ class _Call:
         args, kwargs = pytree.tree_unflatten(full, self.spec)
         with scoped(self.frame):
             out, self.out_spec = pytree.tree_flatten(self.apply(*args, **kwargs))
-        self.outputs = out
+        self.outputs = [_TENSOR if isinstance(o, Tensor) else o for o in out]  # tensors here would outlive the call
         return tuple(o for o in out if isinstance(o, Tensor))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -154,42 +155,38 @@ def _plain(out: Any) -> Any:
     return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
 
 
-def _function(call: _Call) -> type[torch.autograd.Function]:
-    class Recompute(torch.autograd.Function):
-        generate_vmap_rule = True
+class _Recompute(torch.autograd.Function):
+    generate_vmap_rule = True
 
-        @staticmethod
-        def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return call.forward(*tensors)
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return call.forward(*tensors)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.save_for_backward(*inputs)
-            ctx.save_for_forward(*inputs)
-            ctx.mark_non_differentiable(*[o for o in output if not o.is_floating_point()])
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+        ctx.mark_non_differentiable(*[o for o in output if not o.is_floating_point()])
 
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-            saved = list(ctx.saved_tensors)
-            places = [
-                i for i, t in enumerate(saved) if t.is_floating_point() and (call.functorch or ctx.needs_input_grad[i])
-            ]
-            pull = _pull_functorch if call.functorch else _pull_autograd
-            out: list[Tensor | None] = [None] * len(saved)
-            for i, g in zip(places, pull(call, saved, places, cotangents), strict=True):
-                out[i] = g
-            return tuple(out)
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, saved = ctx.call, list(ctx.saved_tensors)
+        needs = ctx.needs_input_grad[1:]
+        places = [i for i, t in enumerate(saved) if t.is_floating_point() and (call.functorch or needs[i])]
+        pull = _pull_functorch if call.functorch else _pull_autograd
+        out: list[Tensor | None] = [None] * len(saved)
+        for i, g in zip(places, pull(call, saved, places, cotangents), strict=True):
+            out[i] = g
+        return None, *out
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-            saved = list(ctx.saved_tensors)
-            places = [i for i, t in enumerate(tangents) if t is not None]
-            primals = tuple(saved[i] for i in places)
-            return torch.func.jvp(lambda *x: call.again(saved, places, x), primals, tuple(tangents[i] for i in places))[
-                1
-            ]
-
-    return Recompute
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:  # the first is that of `call`
+        call, saved = ctx.call, list(ctx.saved_tensors)
+        tangents = tangents[1:]
+        places = [i for i, t in enumerate(tangents) if t is not None]
+        primals = tuple(saved[i] for i in places)
+        return torch.func.jvp(lambda *x: call.again(saved, places, x), primals, tuple(tangents[i] for i in places))[1]
 
 
 def _pull_functorch(
