@@ -198,9 +198,9 @@ def report(console, out, curve, texts, args, unigram, validation, adapted, size,
             ax.axvline(x, color="gray", ls="--", lw=1)
             ax.annotate(
                 label,
-                (x, 1.0),
+                (x, 0.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(4, -12),
+                xytext=(4, 6),
                 textcoords="offset points",
                 fontsize=9,
             )
