@@ -64,7 +64,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     def update(
         grads: Any, state: tuple[Any, ...], params: Any, *, norm: Norm = tree.norm
     ) -> tuple[Any, tuple[Any, ...]]:
-        states = list[Any]()
+        states: list[Any] = []  # not list[Any](): Dynamo cannot call that
         for o, s in zip(optimizers, state, strict=True):
             grads, s = o.update(grads, s, params, norm=norm)
             states.append(s)
@@ -79,7 +79,7 @@ def stateless(f: Callable[[Any, Any], Any]) -> Optimizer:
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """``params + updates`` in the parameters' dtype, leaf by leaf.
+    """``params + updates``, added in the wider dtype of the two and rounded once to the parameter's, leaf by leaf.
 
     >>> apply_updates({"w": torch.ones(1)}, {"w": torch.full((1,), 0.5)})
     {'w': tensor([1.5000])}
@@ -101,15 +101,39 @@ def hyperparams(**values: float | Tensor | Schedule) -> Hyper:
     return {k: torch.as_tensor(v, dtype=torch.float64).clone() for k, v in values.items() if not callable(v)}
 
 
-def checked(name: str, value: Any, *, low: float = 0.0, below: float = float("inf")) -> Any:
-    """`value` if it is a schedule or a number in [low, below); else `ValueError`."""
+# Hyperparameters that have to be below something; all have to be finite and >= 0.
+_BELOW = {"momentum": 1.0, "b1": 1.0, "b2": 1.0}
+
+
+def checked(name: str, value: Any) -> Any:
+    """`value` if it is a schedule, a number in range or a 0-D tensor of one; else `ValueError`."""
     if callable(value):
         return value
-    if not low <= float(value) < below:
-        raise ValueError(
-            f"{name}={value!r}, required {low:g} <= {name}{f' < {below:g}' if below < float('inf') else ''}"
-        )
+    below = _BELOW.get(name, float("inf"))
+    if not isinstance(value, (int, float, Tensor)) or (isinstance(value, Tensor) and value.dim() != 0):
+        raise ValueError(f"{name}={value!r}, required a number or a 0-D tensor")
+    if not 0.0 <= float(value) < below:
+        raise ValueError(f"{name}={value!r}, required 0 <= {name} < {below:g}")
     return value
+
+
+def check_like(grads: Any, params: Any) -> None:
+    """Raise `ValueError` that names the leaf unless `grads` has the leaves and shapes of `params`: broadcasting would hide it."""
+    got, want = tree.leaves(grads), tree.leaves(params)
+    if len(got) == len(want) and all(g.shape == p.shape for g, p in zip(got, want, strict=True)):
+        return
+    given, known = _shapes(grads), _shapes(params)
+    name = sorted(given.items() ^ known.items())[0][0]
+    raise ValueError(
+        f"{name}: gradient {given.get(name, 'missing')}, parameter {known.get(name, 'missing')}; both trees have the same leaves and shapes"
+    )
+
+
+def _shapes(x: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        "/".join(map(str, path)): tuple(leaf.shape)
+        for path, leaf in zip(optree.tree_paths(x), tree.leaves(x), strict=True)
+    }
 
 
 def get_hyperparams(state: Any) -> dict[str, float]:
@@ -121,10 +145,10 @@ def get_hyperparams(state: Any) -> dict[str, float]:
     return found
 
 
-def set_hyperparams(state: Any, **values: float) -> Any:
+def set_hyperparams(state: Any, **values: float | Tensor) -> Any:
     """The same state with other hyperparameters, for example ``set_hyperparams(state, learning_rate=1e-4)``.
 
-    Raises `ValueError` for a name that no part of the state has (a learning rate that is a schedule has no entry).
+    Raises `ValueError` for a name that no part of the state has (a learning rate that is a schedule has no entry), and for a value out of range.
 
     >>> from fds import optim
     >>> state = optim.sgd(0.1).init({"w": torch.zeros(1)})
@@ -135,6 +159,8 @@ def set_hyperparams(state: Any, **values: float) -> Any:
     for name in values:
         if name not in known:
             raise ValueError(f"set_hyperparams: no hyperparameter {name!r} in this state; {tree.suggest(name, known)}")
+
+        checked(name, values[name])
 
     def replace(x: Any) -> Any:
         if _is_hyper(x):

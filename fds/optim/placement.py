@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fds import tree
-from fds.optim.base import Axis, Norm, Optimizer
+from fds.optim.base import Axis, Norm, Optimizer, check_like
 from fds.sharding import collectives
 
 
@@ -18,7 +18,13 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
     Gradients come in local to the rank (of its own mean loss) and are reduce-scattered to their mean, one flat shard per dtype; the rank
     updates its shard, and the updates are gathered. Traffic: 2 x parameters per step.
     Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
+
+    Raises `ValueError` for a `tx` that is sharded already, and for gradients that did not go through `reduce`.
     """
+    if tx.axis is not None:
+        raise ValueError(
+            "sharded: the optimizer inside is sharded already; shard it once, outermost: sharded(tx, axis)"
+        )
 
     def reduce(grads: Any) -> dict[str, Tensor]:
         return {k: collectives.scatter(flat, axis, reduce="mean") for k, flat in _flat(grads, axis.size).items()}
@@ -31,11 +37,21 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
 
     def update(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm = norm_over) -> tuple[Any, Any]:
         mine = own(params)
+        _check_shards(grads, mine)
         updates, state = tx.update(grads, state, mine, norm=norm)
         gathered = {k: collectives.gather(u.to(mine[k].dtype), axis) for k, u in updates.items()}
         return _unflat(gathered, params), state
 
     return Optimizer(lambda params: tx.init(own(params)), update, reduce, axis)
+
+
+def _check_shards(grads: Any, mine: dict[str, Tensor]) -> None:
+    got = {k: tuple(v.shape) for k, v in grads.items() if isinstance(v, Tensor)}
+    want = {k: tuple(v.shape) for k, v in mine.items()}
+    if got != want:
+        raise ValueError(
+            f"sharded: gradients {got or sorted(grads)}, required shards {want}; pass tx.reduce(grads), of gradients in the parameters' dtypes"
+        )
 
 
 def _groups(params: Any) -> dict[str, list[int]]:
@@ -73,27 +89,28 @@ def offloaded(tx: Optimizer, device: str = "cpu") -> Optimizer:
     if tx.axis is not None:
         raise ValueError("offloaded: a sharded optimizer inside; turn it round: sharded(offloaded(tx), axis)")
 
-    def host(x: Tensor) -> Tensor:
-        # Counts and hyperparameters too: every piece of state has one home.
-        return (
-            x.to("cpu").pin_memory()
-            if torch.cuda.is_available() and not x.is_meta
-            else x.to("cpu")
-            if not x.is_meta
-            else x
-        )
-
     def init(params: Any) -> list[Any]:
-        return [tree.map(host, tx.init(p)) for p in optree.tree_leaves(params)]
+        return [tree.map(_host, tx.init(p)) for p in optree.tree_leaves(params)]
 
     def update(grads: Any, state: list[Any], params: Any, *, norm: Norm = tree.norm) -> tuple[Any, list[Any]]:
+        check_like(grads, params)
         flat, spec = optree.tree_flatten(params)
         known = norm(grads)
-        updates, states = list[Tensor](), list[Any]()
+        updates: list[Tensor] = []
+        states: list[Any] = []
         for p, g, s in zip(flat, optree.tree_leaves(grads), state, strict=True):
             u, s = tx.update(g, tree.map(lambda t, d=p.device: t.to(d, non_blocking=True), s), p, norm=lambda _: known)
             updates.append(u)
-            states.append(tree.map(lambda t: t.to("cpu"), s))
+            states.append(tree.map(_host, s))
         return optree.tree_unflatten(spec, updates), states
 
     return Optimizer(init, update)
+
+
+def _host(x: Tensor) -> Tensor:
+    """`x` in host memory; counts and hyperparameters too: every piece of state has one home. Page-locked, except inside of a compiled region."""
+    if x.is_meta:
+        return x
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x)
+    return x.to("cpu")

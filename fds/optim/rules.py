@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fds import tree
-from fds.optim.base import Hyper, Norm, Optimizer, Schedule, checked, hyperparams, stateless
+from fds.optim.base import Hyper, Norm, Optimizer, Schedule, check_like, checked, hyperparams, stateless
 
 Rate = float | Tensor | Schedule
 
@@ -42,32 +42,36 @@ def _to(hyper: Hyper, params: Any) -> Hyper:
 def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
     """Stochastic gradient descent; the numerics of `torch.optim.SGD` (weight decay added to the gradient, first momentum = gradient).
 
+    With ``momentum=0`` there is no buffer, and then no hyperparameter ``momentum`` that could be set later.
+
     >>> updates, _ = sgd(0.1).update({"w": torch.ones(1)}, sgd(0.1).init({"w": torch.ones(1)}), {"w": torch.ones(1)})
     >>> updates["w"]
     tensor([-0.1000])
     """
     checked("learning_rate", learning_rate)
-    checked("momentum", momentum, below=1.0)
+    checked("momentum", momentum)
     checked("weight_decay", weight_decay)
     if nesterov and not momentum:
         raise ValueError("sgd: nesterov=True with momentum=0.0; required momentum > 0")
 
     def init(params: Any) -> RuleState:
         moments = {"momentum": _moment(params)} if momentum else {}
+        hyper = hyperparams(learning_rate=learning_rate, weight_decay=weight_decay)
         return RuleState(
-            _count(params),
-            moments,
-            _to(hyperparams(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay), params),
+            _count(params), moments, _to(hyper | (hyperparams(momentum=momentum) if momentum else {}), params)
         )
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
+        check_like(grads, params)
         h, rate = state.hyper, _rate(learning_rate, state)
-        grads = tree.map(lambda g, p: g + h["weight_decay"] * p, grads, params) if weight_decay else grads
-        moments, step = dict[str, Any](), grads
+        step = grads = tree.map(lambda g, p: (g + h["weight_decay"] * p).to(p.dtype), grads, params)
+        moments: dict[str, Any] = {}
         if momentum:
-            moments["momentum"] = step = tree.map(lambda m, g: h["momentum"] * m + g, state.moments["momentum"], grads)
-            step = tree.map(lambda g, m: g + h["momentum"] * m, grads, step) if nesterov else step
-        return tree.map(lambda s: -rate * s, step), RuleState(state.updates + 1, moments, h)
+            moments["momentum"] = step = tree.map(
+                lambda m, g: (h["momentum"] * m + g).to(m.dtype), state.moments["momentum"], grads
+            )
+            step = tree.map(lambda g, m: (g + h["momentum"] * m).to(m.dtype), grads, step) if nesterov else step
+        return tree.map(lambda s: (-rate * s).to(s.dtype), step), RuleState(state.updates + 1, moments, h)
 
     return Optimizer(init, update)
 
@@ -80,8 +84,8 @@ def adamw(
     Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
     checked("learning_rate", learning_rate)
-    checked("b1", b1, below=1.0)
-    checked("b2", b2, below=1.0)
+    checked("b1", b1)
+    checked("b2", b2)
     checked("eps", eps)
     checked("weight_decay", weight_decay)
 
@@ -90,17 +94,31 @@ def adamw(
         return RuleState(_count(params), {"mu": _moment(params), "nu": _moment(params)}, _to(hyper, params))
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
+        check_like(grads, params)
         h, rate, count = state.hyper, _rate(learning_rate, state), state.updates + 1
-        first, second = 1 - h["b1"] ** count, (1 - h["b2"] ** count).sqrt()
-        mu = tree.map(lambda m, g: m + (1 - h["b1"]) * (g.to(m.dtype) - m), state.moments["mu"], grads)
-        nu = tree.map(lambda v, g: h["b2"] * v + (1 - h["b2"]) * g.to(v.dtype).square(), state.moments["nu"], grads)
+        first, second = _mass(h["b1"], count), _mass(h["b2"], count).sqrt()
+
+        # A float64 scalar widens a 0-D leaf, and only that: hence the casts, which are nothing for all others.
+        def average(m: Tensor, g: Tensor) -> Tensor:
+            return (m + (1 - h["b1"]) * (g.to(m.dtype) - m)).to(m.dtype)
+
+        def square(v: Tensor, g: Tensor) -> Tensor:
+            return (h["b2"] * v + (1 - h["b2"]) * g.to(v.dtype).square()).to(v.dtype)
 
         def step(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
-            return -(rate / first) * (m / (v.sqrt() / second + h["eps"])) - (rate * h["weight_decay"]) * p
+            direction = m / (v.sqrt() / second + h["eps"])
+            return (-(rate / first) * direction - (rate * h["weight_decay"]) * p).to(m.dtype)
+
+        mu, nu = tree.map(average, state.moments["mu"], grads), tree.map(square, state.moments["nu"], grads)
 
         return tree.map(step, mu, nu, params), RuleState(count, {"mu": mu, "nu": nu}, h)
 
     return Optimizer(init, update)
+
+
+def _mass(b: Tensor, count: Tensor) -> Tensor:
+    """``1 - b**count``, as an expm1: Inductor computes that once, where it would put a power into the inner loop of every leaf."""
+    return -torch.expm1(count * b.log())
 
 
 class ClipState(NamedTuple):
@@ -121,13 +139,14 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
 
     def update(grads: Any, state: ClipState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, ClipState]:
         factor = (state.hyper["max_norm"] / (norm(grads) + 1e-6)).clamp(max=1.0)
-        return tree.map(lambda g: g * factor.to(g.device), grads), state
+        return tree.map(lambda g: (g * factor.to(g.device)).to(g.dtype), grads), state
 
     return Optimizer(lambda params: ClipState(_to(hyperparams(max_norm=max_norm), params)), update)
 
 
 def scale(factor: float) -> Optimizer:
-    """Multiply updates by a number."""
+    """Multiply updates by a finite number."""
+    checked("factor", abs(factor))
     return stateless(lambda grads, params: tree.map(lambda g: factor * g, grads))
 
 
@@ -136,6 +155,8 @@ def scale_by_schedule(schedule: Schedule) -> Optimizer:
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
         factor = schedule(state.updates)
-        return tree.map(lambda g: factor.to(g.device) * g, grads), state._replace(updates=state.updates + 1)
+        return tree.map(lambda g: (factor.to(g.device) * g).to(g.dtype), grads), state._replace(
+            updates=state.updates + 1
+        )
 
     return Optimizer(lambda params: RuleState(_count(params), {}, {}), update)

@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from fds.optim.base import Schedule
+from fds.optim.base import Schedule, checked
 
 
 def constant(value: float) -> Schedule:
     """The same value at every step."""
+    checked("value", value)
     return lambda count: torch.full((), value, dtype=torch.float64, device=count.device)
 
 
@@ -19,6 +20,7 @@ def linear_warmup(peak: float, warmup_steps: int) -> Schedule:
     >>> [round(float(linear_warmup(1.0, 4)(torch.tensor(i))), 2) for i in range(6)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     """
+    checked("peak", peak)
     if warmup_steps < 0:
         raise ValueError(f"linear_warmup: warmup_steps={warmup_steps}, required >= 0")
     return lambda count: peak * ((count.double() + 1) / max(warmup_steps, 1)).clamp(max=1.0)
@@ -34,6 +36,7 @@ def warmup_cosine(peak: float, *, warmup_steps: int, total_steps: int, end: floa
         raise ValueError(
             f"warmup_cosine: warmup_steps={warmup_steps}, total_steps={total_steps}; required 0 <= warmup_steps < total_steps"
         )
+    checked("end", end)
     warm = linear_warmup(peak, warmup_steps)
 
     def schedule(count: Tensor) -> Tensor:

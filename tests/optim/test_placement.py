@@ -1,0 +1,118 @@
+"""`sharded` over ranks equals one process; `offloaded` changes no value."""
+
+import pytest
+import ranks
+import torch
+
+from fds import optim, tree
+from fds.sharding import collectives, mesh
+from fds.sharding.mesh import Axis
+
+ONE = Axis("dp", 1, 0, "")
+
+
+def rule(name):
+    tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(0.05, weight_decay=0.1))
+    return {"adamw": tx, "sgd": optim.sgd(0.1, momentum=0.9), "offloaded": optim.offloaded(optim.adamw(0.05))}[name]
+
+
+def params():
+    g = torch.Generator().manual_seed(1)
+    sizes = {"a": (3, 3), "b": (5,), "c": (0, 2), "d": (1,)}
+    out = {k: torch.randn(s, generator=g) for k, s in sizes.items()}
+    return {"": out, "h.0": {"half": torch.randn(7, generator=g).bfloat16()}}
+
+
+def gradients(step, rank):
+    g = torch.Generator().manual_seed(10 * step + rank)
+    return tree.map(lambda p: torch.randn(p.shape, generator=g).to(p.dtype), params())
+
+
+def mean_gradients(step, n):
+    parts = [gradients(step, r) for r in range(n)]
+    return tree.map(lambda *g: (sum(x.float() for x in g) / n).to(g[0].dtype), *parts)
+
+
+def whole(name, n, steps=4):
+    tx, p = rule(name), params()
+    state = tx.init(p)
+    for i in range(steps):
+        updates, state = tx.update(mean_gradients(i, n), state, p)
+        p = optim.apply_updates(p, updates)
+    return p
+
+
+def split(name, n, steps=4, compiled=False):
+    axis = mesh(dp=n)["dp"] if n > 1 else ONE
+    tx, p = optim.sharded(rule(name), axis), params()
+    state = tx.init(p)
+
+    def step(p, leaves, g):
+        updates, new = tx.update(tx.reduce(g), tree.rebuild(state, iter(leaves)), p)
+        return optim.apply_updates(p, updates), tree.flat(new)
+
+    step = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    leaves = tree.flat(state)
+    for i in range(steps):
+        with collectives.record() as traffic:
+            p, leaves = step(p, leaves, gradients(i, axis.rank))
+    return p, tree.nbytes(leaves), dict(traffic.calls), dict(traffic.bytes)
+
+
+def close(got, want):
+    for a, b in zip(tree.leaves(got), tree.leaves(want), strict=True):
+        eps = torch.finfo(a.dtype).eps  # bfloat16 updates are rounded before they are gathered
+        torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "offloaded"])
+def test_two_ranks_equal_one_process(name, compiled):
+    results = ranks.run(2, split, name, 2, 4, compiled)
+    for got, *_ in results:
+        close(got, whole(name, 2))
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(results[0][0]), tree.leaves(results[1][0]), strict=True))
+
+
+def test_traffic_and_memory_are_the_closed_forms():
+    (_, bytes_two, calls, moved), _ = ranks.run(2, split, "sgd", 2)
+    padded = 4 * 16 + 2 * 8  # 15 float32 and 7 bfloat16 elements, each padded to a multiple of two
+    assert {k: v for k, v in calls.items() if k in ("scatter", "gather")} == {"scatter": 2, "gather": 2}
+    assert moved["scatter"] == moved["gather"] == padded
+    _, bytes_one, *_ = split("sgd", 1)
+    # Momentum is float32 for both dtypes; counts and hyperparameters are 0-D and the same everywhere.
+    assert bytes_one - bytes_two == 4 * (15 - 8) + 4 * (7 - 4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "offloaded"])
+def test_one_rank_needs_no_group(name):
+    close(split(name, 1)[0], whole(name, 1))
+
+
+def test_sharded_inside_of_others_is_refused():
+    with pytest.raises(ValueError, match=r"sharded\("):
+        optim.chain(optim.scale(1.0), optim.sharded(optim.sgd(0.1), ONE))
+    with pytest.raises(ValueError, match=r"sharded\(offloaded\(tx\), axis\)"):
+        optim.offloaded(optim.sharded(optim.sgd(0.1), ONE))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_offloaded_changes_no_value(name):
+    plain, moved = rule(name), optim.offloaded(rule(name))
+    p, a, b = params(), plain.init(params()), moved.init(params())
+    for i in range(4):
+        g = gradients(i, 0)
+        want, a = plain.update(g, a, p)
+        got, b = moved.update(g, b, p)
+        assert all(torch.equal(x, y) for x, y in zip(tree.leaves(got), tree.leaves(want), strict=True))
+        p = optim.apply_updates(p, want)
+    assert {x.device.type for x in tree.leaves(b)} <= {"cpu"}
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: optim.sharded(tx, ONE), optim.offloaded], ids=["sharded", "offloaded"])
+def test_hyperparameters_are_reached_through_wrappers(wrap):
+    tx, p = wrap(optim.adamw(0.1)), params()
+    state = optim.set_hyperparams(tx.init(p), learning_rate=0.0)
+    assert optim.get_hyperparams(state)["learning_rate"] == 0.0
+    updates, _ = tx.update(tx.reduce(p), state, p)
+    assert all(not u.any() for u in tree.leaves(updates))
