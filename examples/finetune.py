@@ -4,7 +4,6 @@ python examples/finetune.py --out out/demo        # starts its own two ranks (gl
 """
 
 import argparse
-import json
 import math
 import os
 import sysconfig
@@ -14,9 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from reporting import memory, progress, report
 from tokenizers import ByteLevelBPETokenizer
 
 import fds
@@ -59,33 +56,17 @@ def batches(ids, args, axis, seed):
         yield {"input_ids": rows.chunk(axis.size)[axis.rank]}
 
 
-def memory():
-    """Resident bytes of this process, or allocated bytes of its GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def run(step, state, data, steps, title, curve, args, axis):
-    """`steps` steps of `step`; appends (loss, tokens/s, memory) to `curve`."""
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, disable=axis.rank > 0) as bar:
+    """`steps` steps of `step`; appends (loss, tokens/s, memory in bytes) to `curve`."""
+    with progress(axis) as bar:
         task = bar.add_task(title, total=steps)
         for _ in range(steps):
             start = time.perf_counter()
             state, metrics = step(state, next(data))
             loss, speed = float(metrics["loss"]), args.batch * args.length / (time.perf_counter() - start)
             curve.append((loss, speed, memory()))
-            bar.update(
-                task,
-                advance=1,
-                description=f"{title}  loss {loss:.3f}  {speed:,.0f} tokens/s  {memory() / 1e6:,.0f} MB",
-            )
+            text = f"{title}  loss {loss:.3f}  {speed:,.0f} tokens/s  {memory() / 1e6:,.0f} MB"
+            bar.update(task, advance=1, description=text)
     return state
 
 
@@ -98,13 +79,11 @@ def evaluate(program, stored, ids, args, axis):
 
 def main(args):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(args.ranks, 1)))
-    out, console, started = Path(args.out), Console(), time.perf_counter()
+    out, started = Path(args.out), time.perf_counter()
     axis = fds.sharding.mesh(dp=-1)["dp"]
     train_ids, held_ids, bpe = corpus(args.vocabulary)
-    counts = Counter(train_ids.tolist())
-    unigram = -sum(math.log((counts[i] + 1) / (len(train_ids) + args.vocabulary)) for i in held_ids.tolist()) / len(
-        held_ids
-    )
+    counts, size = Counter(train_ids.tolist()), len(train_ids) + args.vocabulary
+    unigram = -sum(math.log((counts[i] + 1) / size) for i in held_ids.tolist()) / len(held_ids)
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=args.vocabulary, hidden_size=320, intermediate_size=864, num_hidden_layers=6, num_attention_heads=5, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
@@ -113,49 +92,34 @@ def main(args):
     # 1. Pre-train in bfloat16: ZeRO-3, recomputed blocks, AdamW with its state in host memory.
     train = fds.chain(fds.shard(axis), fds.cast(torch.bfloat16), fds.checkpoint())(program)
     rate = fds.optim.warmup_cosine(args.lr, warmup_steps=args.steps // 10, total_steps=args.steps)
-    plain = fds.train_step(
-        train,
-        fds.optim.chain(
-            fds.optim.clip_by_global_norm(1.0), fds.optim.offloaded(fds.optim.adamw(rate, weight_decay=0.01))
-        ),
-    )
-    step = fds.compile(plain) if args.compile else plain
+    adamw = fds.optim.offloaded(fds.optim.adamw(rate, weight_decay=0.01))
+    compiled = fds.compile if args.compile else (lambda step: step)
+    step = compiled(fds.train_step(train, fds.optim.chain(fds.optim.clip_by_global_norm(1.0), adamw)))
     curve, data, half = [], batches(train_ids, args, axis, 0), args.steps // 2
     state = run(step, step.init(params), data, half, "pre-train", curve, args, axis)
-    fds.save_state(out / "state", plain, state)  # 5. stop here, and go on from the files
-    state = fds.load_state(out / "state", plain)
+    fds.save_state(out / "state", step, state)  # 5. stop here, and go on from the files
+    state = fds.load_state(out / "state", step)
     state = run(step, state, data, args.steps - half, "resumed  ", curve, args, axis)
     pretrained, validation = train.restore(state.params), evaluate(train, state.params, held_ids, args, axis)
 
     # 2. LoRA on held-out files: the base is frozen and sharded, the adapters train.
-    tune = fds.chain(
-        fds.lora(rank=args.rank, targets=("*.[qv]_proj", "*.mlp.*_proj")), fds.shard(axis), fds.checkpoint()
-    )(program)
-    tuner = fds.train_step(tune, fds.optim.adamw(args.lr))
-    tuner = fds.compile(tuner) if args.compile else tuner
-    tuned = run(
-        tuner, tuner.init(pretrained), batches(held_ids, args, axis, 1), args.tune_steps, "LoRA     ", curve, args, axis
-    )
+    adapt = fds.lora(rank=args.rank, targets=("*.[qv]_proj", "*.mlp.*_proj"))
+    tune = fds.chain(adapt, fds.shard(axis), fds.checkpoint())(program)
+    tuner = compiled(fds.train_step(tune, fds.optim.adamw(args.lr)))
+    data = batches(held_ids, args, axis, 1)
+    tuned = run(tuner, tuner.init(pretrained), data, args.tune_steps, "LoRA     ", curve, args, axis)
     adapted = evaluate(tune, tuned.params, held_ids, args, axis)
     fds.save_adapters(out / "adapters", tune, tuned.params)
 
     # 3. Fuse and generate. The base weights are not touched: `tuned` could train on.
     fused = fds.fuse_lora()(tune)
     weights = fds.relayout(tune, fused)(tuned.params)
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([bpe.encode(prompt).ids])
-        texts.append(
-            bpe.decode(
-                fds.generate(fused, weights, ids, max_new_tokens=48, temperature=0.7, top_k=40, seed=1, compile=False)[
-                    0
-                ].tolist()
-            )
-        )
+    ids = [torch.tensor([bpe.encode(prompt).ids]) for prompt in PROMPTS]
+    sample = {"max_new_tokens": 48, "temperature": 0.7, "top_k": 40, "seed": 1, "compile": False}
+    texts = [bpe.decode(fds.generate(fused, weights, x, **sample)[0].tolist()) for x in ids]
 
     # 4. Export, and compare with transformers on the exported files.
     fds.save(out / "model", fused, weights)
-    bpe.save(str(out / "model" / "tokenizer.json")) if axis.rank == 0 else None
     ids = held_ids[None, : args.length]
     with torch.no_grad():
         ours = fused.eval()(weights, input_ids=ids).logits
@@ -163,64 +127,22 @@ def main(args):
     if not torch.equal(ours, theirs):
         raise SystemExit(f"exported logits differ by {float((ours - theirs).abs().max())}")
     if axis.rank == 0:
-        report(
-            console,
-            out,
-            curve,
-            texts,
-            args,
-            unigram,
-            validation,
-            adapted,
-            sum(v.numel() for v in params.values()),
-            axis,
-            time.perf_counter() - started,
-        )
+        bpe.save(str(out / "model" / "tokenizer.json"))
+        losses, speeds, peak = zip(*curve, strict=True)
+        results = {
+            "parameters": f"{sum(v.numel() for v in params.values()) / 1e6:.1f}M on {axis.size} ranks",
+            "tokens/s (median)": f"{sorted(speeds[: args.steps])[args.steps // 2]:,.0f}",
+            "loss before / after the resume": f"{sum(losses[half - 3 : half]) / 3:.3f} / {sum(losses[half : half + 3]) / 3:.3f}",
+            "unigram entropy, held-out files": f"{unigram:.3f}",
+            "validation loss": f"{validation:.3f}",
+            "after LoRA on them": f"{adapted:.3f}",
+            "exported logits in transformers": "equal",
+            "peak memory of rank 0": f"{max(peak) / 1e6:,.0f} MB",
+            "seconds": f"{time.perf_counter() - started:.0f}",
+        }
+        report(out, curve, texts, results, unigram=unigram, half=half, steps=args.steps)
     if args.steps >= 50 and not validation < unigram:
         raise SystemExit(f"validation loss {validation:.3f} is not below the unigram entropy {unigram:.3f}")
-
-
-def report(console, out, curve, texts, args, unigram, validation, adapted, size, axis, seconds):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    for text in texts:
-        console.print(text.strip(), "\n", style="dim", markup=False)
-    for name, column, scale, unit in (
-        ("loss", 0, 1, "loss (nats per token)"),
-        ("memory", 2, 1e-6, "memory of rank 0 (MB)"),
-    ):
-        fig, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
-        ax.plot([c[column] * scale for c in curve], lw=1.5)
-        for x, label in ((args.steps // 2, "saved, resumed"), (args.steps, "LoRA")):
-            ax.axvline(x, color="gray", ls="--", lw=1)
-            ax.annotate(
-                label,
-                (x, 0.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(4, 6),
-                textcoords="offset points",
-                fontsize=9,
-            )
-        if name == "loss":
-            ax.axhline(unigram, color="tab:red", lw=1, label="unigram entropy of the held-out files")
-            ax.legend(loc="upper right")
-        ax.set(xlabel="step", ylabel=unit)
-        fig.savefig(out / f"{name}.png", dpi=120)
-    half = args.steps // 2
-    rows = {
-        "parameters": f"{size / 1e6:.1f}M on {axis.size} ranks", "tokens/s (median)": f"{sorted(c[1] for c in curve[: args.steps])[args.steps // 2]:,.0f}",
-        "loss before / after the resume": f"{sum(c[0] for c in curve[half - 3 : half]) / 3:.3f} / {sum(c[0] for c in curve[half : half + 3]) / 3:.3f}",
-        "unigram entropy, held-out files": f"{unigram:.3f}", "validation loss": f"{validation:.3f}", "after LoRA on them": f"{adapted:.3f}",
-        "exported logits in transformers": "equal", "peak memory of rank 0": f"{max(c[2] for c in curve) / 1e6:,.0f} MB", "seconds": f"{seconds:.0f}",
-    }  # fmt: skip
-    table = Table("", "result", title=f"fds {fds.__version__}")
-    for key, value in rows.items():
-        table.add_row(key, value)
-    console.print(table)
-    (out / "result.json").write_text(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from fds.grad import value_and_grad
 from fds.lora import fuse_lora, lora
 from fds.offload import offload
 from fds.precision import cast
-from fds.program import Lens, Program, Transform, around, at, chain, relayout, through
+from fds.program import Lens, Program
 from fds.remat import checkpoint
 from fds.sharding import launch, replicate, shard
 from fds.train import NonFiniteError, TrainState, TrainStep, train_step
+from fds.transform import Transform, around, at, chain, relayout, through
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fds import tree
-from fds.program import Program, Transform, whole
+from fds.program import Program
+from fds.transform import Transform, whole
 
 
 def traced(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fds import tree
 from fds.frame import Apply
-from fds.program import Lens, Program, Transform, _around_site, chain, parameters, whole
+from fds.program import Lens, Program
 from fds.randomness import dropout
+from fds.transform import Transform, around_site, chain, direct, parameters, whole
 from fds.tree import Params
 
 
@@ -35,6 +36,7 @@ class Lora:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+@direct
 def lora(
     *,
     rank: int,
@@ -92,10 +94,11 @@ class _Lora(Transform):
         if self.name == "lora" and self.settings.dropout:
             for name in targets:
                 wrap = partial(_beside, self.settings, name, name in p.marks["transposed"])
-                new = _around_site(site, new, wrap, name.rpartition(".")[0])
+                new = around_site(site, new, wrap, name.rpartition(".")[0])
         return new
 
 
+@direct
 def fuse_lora() -> Transform:
     """The same program with the adapters fused into the weights: stored W' = W + s * B @ A, one rounding, nothing trainable.
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fds import tree
 from fds.frame import Apply
-from fds.program import Lens, Program, Transform, around, parameters, through
+from fds.program import Lens, Program
+from fds.transform import Transform, around, direct, parameters, through
 from fds.tree import Params
 
 
+@direct
 def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transform:
     """Compute with parameters in `dtype`; what is stored stays as it was, so the master weights are the stored ones.
 

@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fds import tree
 from fds._torch import inside_functorch
 from fds.frame import FRAME, Apply, scoped
-from fds.program import Transform, around
+from fds.transform import Transform, around, direct
 
 Policy = str | Callable[[Any], bool] | None
 
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")  # fmt: skip
 
 
+@direct
 def checkpoint(policy: Policy = None) -> Transform:
     """Keep only the inputs of every site in forward, and compute the site again in backward.
 

@@ -169,7 +169,7 @@ def _fused_by_hand(inner, adapters, plain):
 def _through(program, plain, leaves, axis):
     """`leaves` of the adapted site, through the same shard lens as the program's."""
     buffers = {k: v for k, v in leaves.items() if k in program.marks["buffer"]}
-    flat = fds.sharding.zero._flat_lens(fds.program.parameters(plain), axis, "mean", 0)
+    flat = fds.sharding.zero._flat_lens(fds.transform.parameters(plain), axis, "mean", 0)
     return {**(flat.put({k: v for k, v in leaves.items() if k not in buffers}) if flat else {}), **buffers}
 
 

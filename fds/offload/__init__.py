@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fds import tree
-from fds.program import Lens, Transform, through
+from fds.program import Lens
+from fds.transform import Transform, direct, through
 from fds.tree import Params
 
 __all__ = ["compute_device", "offload", "to_host"]
@@ -22,6 +23,7 @@ def to_host(x: Tensor) -> Tensor:
     return x.to("cpu").pin_memory() if torch.cuda.is_available() and not x.is_meta else x if x.is_meta else x.to("cpu")
 
 
+@direct
 def offload(store: str = "cpu") -> Transform:
     """Keep parameters in host memory and bring them to the device where they are used, site by site.
 

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fds.program import Lens, Transform, through
+from fds.program import Lens
 from fds.sharding import collectives
 from fds.sharding.mesh import Axis
+from fds.transform import Transform, direct, through
 from fds.tree import Params
 
 
+@direct
 def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
     """Store 1/n of every site's parameters on each of the n ranks of `axis`; gather them where they are used (ZeRO-3).
 
@@ -46,6 +48,7 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
     )
 
 
+@direct
 def replicate(axis: Axis, *, reduce: str = "mean") -> Transform:
     """Keep parameters whole on every rank and reduce their gradients over `axis` in backward (plain data parallelism)."""
 

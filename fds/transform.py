@@ -1,0 +1,320 @@
+"""Transformations: maps from programs to programs, and the ways to make and combine them.
+
+`through` lifts a lens, `around` a wrapper of calls, `whole` a function of programs; `at` restricts, `chain` composes, `relayout` goes from
+one program's representation to another's.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, reduce, wraps
+from typing import Any, ParamSpec, Protocol, overload
+
+import attrs
+import torch
+
+from fds import tree
+from fds.frame import FRAME, Wrap, scoped
+from fds.program import Axis, Lens, Program, assemble, check_stored, same
+from fds.tree import Params, Stored
+
+P = ParamSpec("P")
+
+
+@attrs.frozen(repr=False)
+class Transform:
+    """A map from programs to programs. A value: it prints as the call that made it, compares by it, and can be taken out by name.
+
+    Made by `through`, `around`, `at` and `whole`; calling it applies it. `provides`, `requires` and `conflicts` are tags: an order in
+    which a requirement is missing or a conflict is present raises `ValueError` with an order that works.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    lens: Callable[[Program], Lens | None] | None = attrs.field(default=None, eq=False)
+    wrap: Wrap | None = attrs.field(default=None, eq=False)
+    scope: str = "sites"  # where `wrap` goes: "sites", "root", or a pattern of module paths
+    rewrite: Callable[[Program], Program] | None = attrs.field(default=None, eq=False)
+    provides: frozenset[str] = frozenset()
+    requires: frozenset[str] = frozenset()
+    conflicts: frozenset[str] = frozenset()
+    axes: tuple[Axis, ...] = ()  # data axes that this transformation introduces
+    check: Callable[[Program], None] | None = attrs.field(default=None, eq=False)
+    parts: tuple["Transform", ...] | None = None  # of a chain
+
+    def __call__(self, program: Program) -> Program:
+        if self.parts is not None:
+            return reduce(lambda p, t: t(p), self.parts, program)
+        _check_order(self, program.history)
+        if self.check is not None:
+            self.check(program)
+        if self.rewrite is not None:
+            return self.rewrite(program)
+        sites = program.sites or {"": program}
+        new = {s: self._on_site(s, p) for s, p in sites.items()}
+        return (
+            assemble(new, program, (*program.history, self), (*program.data_axes, *self.axes))
+            if program.sites
+            else new[""]
+        )
+
+    def _on_site(self, site: str, p: Program) -> Program:
+        new = p if self.lens is None else _through_site(p, self.lens(p), self)
+        if self.wrap is not None:
+            new = around_site(site, new, self.wrap, self.scope)
+        changed = self.lens is not None and new.stack != p.stack
+        return attrs.evolve(
+            new,
+            history=(*p.history, self),
+            inner=p,
+            peel=new.peel if changed else same,
+            push=new.push if changed else same,
+        )
+
+    def __repr__(self) -> str:
+        if self.parts is not None:
+            return f"chain({', '.join(map(repr, self.parts))})"
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options)})"
+
+
+def _check_order(t: Transform, history: tuple[Transform, ...]) -> None:
+    provided = frozenset[str]().union(*(h.provides for h in history))
+    missing = sorted(t.requires - provided)
+    if missing:
+        raise ValueError(
+            f"{t!r} requires {', '.join(map(repr, missing))} before it; this program has {list(history) or 'no transformations'}; the order that works: chain({missing[0]}(...), {t!r})"
+        )
+    for i, h in enumerate(history):
+        clash = h.provides & t.conflicts
+        if not clash:
+            continue
+        if h.name == t.name:
+            raise ValueError(
+                f"{t!r} cannot follow {h!r}: a program takes one {t.name}; leave one of them out, or use program.without({t.name!r})"
+            )
+        order = ", ".join(map(repr, (*history[:i], t, *history[i:])))
+        raise ValueError(
+            f"{t!r} cannot follow {h!r} ({', '.join(sorted(clash))}); the order that works: chain({order})"
+        )
+
+
+def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Program:
+    """Program `p` with its parameters stored through `lens`. Buffers are stored as they are."""
+    if lens is None:
+        return p
+    buffers = p.marks.get("buffer", frozenset())
+
+    def lift(f: Callable[[Params], Params], stored: Params) -> Params:
+        params = {k: v for k, v in stored.items() if k not in buffers}
+        return {**f(params), **{k: v for k, v in stored.items() if k in buffers}}
+
+    def push(inner: Params) -> Params:
+        with torch.no_grad():
+            return lift(lens.put, inner)
+
+    def peel(stored: Params) -> Params:
+        with torch.no_grad():
+            return lift(lens.restore or lens.get, stored)
+
+    with torch.enable_grad():
+        spec = {k: v.detach().requires_grad_(v.requires_grad) for k, v in lift(lens.put, p.spec).items()}
+    return attrs.evolve(
+        p,
+        spec=spec,
+        place=lambda params: push(p.place(params)),
+        apply=lambda stored, *args, **kwargs: p.apply(lift(lens.get, stored), *args, **kwargs),
+        restore=lambda stored: p.restore(peel(stored)),
+        axes={**{k: v for k, v in p.axes.items() if k in spec}, **lens.axes},
+        stack=(*p.stack, transform),
+        tol=max(p.tol, lens.tol),
+        peel=peel,
+        push=push,
+    )
+
+
+def around_site(site: str, p: Program, wrap: Wrap, scope: str) -> Program:
+    """Program `p` of a site with its call, or the calls of modules inside it, wrapped."""
+    if scope == "root" or scope == "sites":
+        return attrs.evolve(p, apply=wrap(p.apply)) if (site == "") == (scope == "root") else p
+    if site and tree.matches(scope, site):
+        return attrs.evolve(p, apply=wrap(p.apply))
+    core = p.core
+    paths = _outermost(m for m in (core.modules(site) if core else []) if tree.matches(scope, m))
+    if core is None or not paths:
+        return p
+    for path in paths:
+        core.intercept(path)
+
+    def apply(stored: Params, *args: Any, **kwargs: Any) -> Any:
+        wraps = FRAME.get().wraps
+        with scoped(wraps={**wraps, **{m: (wrap, *wraps.get(m, ())) for m in paths}}):
+            return p.apply(stored, *args, **kwargs)
+
+    return attrs.evolve(p, apply=apply)
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    kept: list[str] = []
+    for path in sorted(paths, key=len):
+        if not any(path.startswith(k + ".") for k in kept):
+            kept.append(path)
+    return kept
+
+
+class Direct(Protocol[P]):
+    """A function that makes a `Transform`, or applies it at once to the program that comes first: ``f(...)(program) == f(program, ...)``."""
+
+    @overload
+    def __call__(self, program: Program, /, *args: P.args, **kwargs: P.kwargs) -> Program: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Transform: ...
+
+
+def direct(make: Callable[P, Transform]) -> Direct[P]:
+    """Let `make` take the program first as well: ``cast(program, "bfloat16")`` is ``cast("bfloat16")(program)``."""
+
+    @wraps(make)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return make(*args[1:], **kwargs)(args[0]) if args and isinstance(args[0], Program) else make(*args, **kwargs)
+
+    return run
+
+
+def through(
+    make: Callable[[Params], Lens | None], *, name: str, options: Mapping[str, Any] | None = None, **contract: Any
+) -> Transform:
+    """Lift a lens to a transformation: the parameters of every site, and the root's own, are stored through it.
+
+    `make(spec)` gets the abstract parameters at a site (meta tensors by name) and returns its `Lens`, or None to leave the site alone.
+    `options` are printed and compared; `contract` takes ``provides``, ``requires``, ``conflicts`` (iterables of tags), ``check``.
+
+    >>> import fds, torch
+    >>> halves = lambda p: {k: v / 2 for k, v in p.items()}
+    >>> double = fds.through(lambda spec: fds.Lens(put=halves, get=lambda s: {k: 2 * v for k, v in s.items()}), name="halved")
+    >>> program, params = fds.functionalize(torch.nn.Linear(2, 2))
+    >>> stored = double(program).place(params)
+    >>> torch.equal(double(program).restore(stored)["weight"], params["weight"])
+    True
+    """
+    return _transform(name, options, contract, lens=lambda p: make(parameters(p)))
+
+
+def parameters(p: Program) -> Params:
+    """The spec of one site without its buffers: what a lens may change."""
+    buffers = p.marks.get("buffer", frozenset())
+    return {k: v for k, v in p.spec.items() if k not in buffers}
+
+
+def around(
+    wrap: Wrap, *, name: str, scope: str = "sites", options: Mapping[str, Any] | None = None, **contract: Any
+) -> Transform:
+    """Lift a wrapper of calls ``wrap(apply) -> apply`` to a transformation of every site (`scope` "sites") or of the root ("root").
+
+    The wrapper sees ``(leaves, *args, **kwargs)`` and has to be pure. A program without sites is an error for `scope` "sites".
+    """
+    return _transform(
+        name, options, contract, wrap=wrap, scope=scope, check=partial(_needs_sites, name) if scope == "sites" else None
+    )
+
+
+def whole(
+    rewrite: Callable[[Program], Program], *, name: str, options: Mapping[str, Any] | None = None, **contract: Any
+) -> Transform:
+    """Lift a function of whole programs to a transformation; it is recorded as one step of the history."""
+
+    def recorded(program: Program) -> Program:
+        return attrs.evolve(rewrite(program), history=(*program.history, t), inner=program, peel=same, push=same)
+
+    t = _transform(name, options, contract, rewrite=recorded)
+    return t
+
+
+def _transform(name: str, options: Mapping[str, Any] | None, contract: dict[str, Any], **fields: Any) -> Transform:
+    tags: dict[str, Any] = {k: frozenset(contract.pop(k, ())) for k in ("provides", "requires", "conflicts")}
+    return Transform(name, tuple((options or {}).items()), **{**fields, **contract}, **tags)
+
+
+def _needs_sites(name: str, program: Program) -> None:
+    if program.sites and len(program.sites) == 1:
+        raise ValueError(
+            f"{name}: this program has no sites to act on; name them: functionalize(module, sites='*.block*'), or use at('pattern', {name}(...))"
+        )
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Apply transformations in order, first = innermost. ``chain()`` is the identity; chains of chains are flat.
+
+    >>> import fds
+    >>> fds.chain(fds.chain(fds.cast("bfloat16")), fds.checkpoint()) == fds.chain(fds.cast("bfloat16"), fds.checkpoint())
+    True
+    """
+    for t in transforms:
+        if not isinstance(t, Transform):
+            raise ValueError(
+                f"chain: {t!r} is not a transformation; leave the program out of the call, as in chain(lora(rank=8, targets=...))(program)"
+            )
+    parts = tuple(p for t in transforms for p in (t.parts if t.parts is not None else (t,)))
+    return Transform("chain", parts=parts)
+
+
+def at(pattern: str, transform: Transform) -> Transform:
+    """Restrict a transformation to the leaves and the module calls that a shell pattern names.
+
+    Law: ``at(g, chain(t, u)) == chain(at(g, t), at(g, u))``. A pattern that names nothing raises `ValueError`.
+
+    >>> import fds, torch
+    >>> fds.at("*.mlp", fds.checkpoint())
+    at(pattern='*.mlp', transform=checkpoint())
+    """
+    if transform.parts is not None:
+        return chain(*[at(pattern, t) for t in transform.parts])
+    if transform.rewrite is not None:
+        raise ValueError(f"at: {transform!r} acts on whole programs and cannot be restricted to {pattern!r}")
+
+    def check(program: Program) -> None:
+        names = list(tree.named(program.spec))
+        modules = [m for s in program.sites for m in (program.core.modules(s) if program.core else [])]
+        tree.select(names + modules if transform.wrap else names, pattern, what=f"at({pattern!r}, {transform!r})")
+
+    return attrs.evolve(
+        transform, name="at", options=(("pattern", pattern), ("transform", transform)), lens=transform.lens and partial(_lens_at, pattern, transform.lens),
+        scope=pattern if transform.wrap else transform.scope, check=check, conflicts=transform.conflicts - {transform.name},
+    )  # fmt: skip
+
+
+def _lens_at(pattern: str, make: Callable[[Program], Lens | None], p: Program) -> Lens | None:
+    """The lens of `p` restricted to the leaves that `pattern` names."""
+    chosen = {k for k in parameters(p) if tree.matches(pattern, k)}
+    lens = make(attrs.evolve(p, spec={k: v for k, v in p.spec.items() if k in chosen})) if chosen else None
+    if lens is None:
+        return None
+    rest = {k for k in parameters(p) if k not in chosen}
+
+    def lift(f: Callable[[Params], Params]) -> Callable[[Params], Params]:
+        return lambda t: {
+            **{k: v for k, v in t.items() if k in rest},
+            **f({k: v for k, v in t.items() if k not in rest}),
+        }
+
+    return lens._replace(put=lift(lens.put), get=lift(lens.get), restore=lens.restore and lift(lens.restore))
+
+
+def relayout(src: Program, dst: Program) -> Callable[[Any], Any]:
+    """``relayout(src, dst)(stored)``: the same logical parameters, from `src`'s representation into `dst`'s.
+
+    Runs site by site, so that one site at a time exists in logical form. A site whose representation is the same in both programs is
+    returned as it is, not copied; `stored` is never written.
+    """
+    if src.sites.keys() != dst.sites.keys() or any(
+        list(src.sites[s].origin.spec) != list(dst.sites[s].origin.spec) for s in src.sites
+    ):
+        raise ValueError(
+            f"relayout: the programs have different sites or leaves ({len(src.sites)} and {len(dst.sites)} sites); both have to come from one functionalize"
+        )
+
+    def run(stored: Stored) -> Stored:
+        check_stored(stored, src.spec)
+        return {
+            s: stored[s] if src.sites[s].stack == p.stack else p.place(src.sites[s].restore(stored[s]))
+            for s, p in dst.sites.items()
+        }
+
+    return run
