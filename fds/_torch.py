@@ -1,13 +1,13 @@
-"""The private names of torch that fds uses, in one place, and the operator recipe that stands on them.
+"""The private and the untyped names of torch that fds uses, in one place, and the operator recipe that stands on them.
 
-They exist from torch 2.1 to 2.13. A torch without one of them fails here, at import, by name.
+What is imported here exists from torch 2.1 to 2.13. A torch without one of these fails here, at import, by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from torch._C import _AutoDispatchBelowAutograd
@@ -27,6 +27,37 @@ _OPERATORS: dict[str, Callable[..., Any]] = {}
 def inside_functorch() -> bool:
     """Whether a `torch.func` transformation is running."""
     return peek_interpreter_stack() is not None
+
+
+def nonstrict_trace(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` as one call to Dynamo, which AOTAutograd traces through. Dynamo is imported by this call, not with fds: it takes seconds."""
+    return torch._dynamo.nonstrict_trace(f)
+
+
+def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``module.named_modules()``, typed."""
+    return module.named_modules()
+
+
+def registries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where a module itself keeps its parameters and its buffers."""
+    return module._parameters, module._buffers
+
+
+def writes_statistics(module: nn.Module) -> bool:
+    """Whether a forward writes the module's running statistics, by an operator that does not count it as a change."""
+    norm = nn.modules.batchnorm._NormBase
+    return isinstance(module, norm) and module.training and module.track_running_stats
+
+
+def relist_weights(rnn: nn.RNNBase) -> None:
+    """Point a recurrent layer's second list of its weights at what is in its registry now."""
+    rnn._flat_weights = [registries(rnn)[0][n] for n in rnn._flat_weights_names]
+
+
+def transient_buffers(module: nn.Module) -> set[str]:
+    """The names of a module's own buffers that its state dict leaves out."""
+    return module._non_persistent_buffers_set
 
 
 def linear_operator(name: str, schema: str, *, primitive: Callable[..., Tensor], fake: Callable[..., Tensor], transpose: Callable[..., Tensor], batch: Callable[..., Tensor]) -> Callable[..., Tensor]:  # fmt: skip

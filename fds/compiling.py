@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from fds import tree
+from fds._torch import nonstrict_trace
+from fds.lowering import lowered
 from fds.program import Program
 from fds.transform import Transform, whole
 
 
 def traced(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` itself in eager; one traced region, not inlined by Dynamo, inside anybody's `torch.compile`."""
-    nonstrict: Callable[..., Any] = torch._dynamo.nonstrict_trace(f)
+    nonstrict = nonstrict_trace(lowered(f))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return nonstrict(*args, **kwargs) if torch.compiler.is_compiling() else f(*args, **kwargs)
@@ -58,13 +60,17 @@ def compile(f: Any = None, *, donate: bool = True, **options: Any) -> Any:
         raise ValueError(
             f"compile: got {type(f).__name__}, required a train step, a program or a function; or leave it out to get a transformation"
         )
-    return torch.compile(traced(f), fullgraph=True, **options)
+    return _one_graph(traced(f), options)
+
+
+def _one_graph(f: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    return torch.compile(f, fullgraph=True, **options)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _compiled_program(program: Program, options: dict[str, Any]) -> Program:
     import attrs
 
-    return attrs.evolve(program, apply=torch.compile(traced(program.apply), fullgraph=True, **options))
+    return attrs.evolve(program, apply=_one_graph(traced(program.apply), options))
 
 
 class CompiledStep:
@@ -81,7 +87,7 @@ class CompiledStep:
                 old.copy_(value)  # inside the graph: Inductor writes in place, no second copy of the state exists
             return [], metrics
 
-        self._compiled = torch.compile(body, fullgraph=True, **options)
+        self._compiled = _one_graph(body, options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.step, name)
@@ -95,5 +101,5 @@ class CompiledStep:
         if self.donate:
             new = [t.detach() for t in leaves]
             for t in leaves:
-                t.set_()  # type: ignore[call-overload]  # empties this handle; the storage lives on in the new state
+                t.set_()  # pyright: ignore[reportCallIssue]  # empties this handle; the storage lives on in the new state
         return self.step.report(tree.rebuild(self.step.spec, iter(new)), metrics)

@@ -4,13 +4,15 @@ A frame is set for the time of one call and read by the dispatchers that `functi
 captures the frame of the forward pass and sets it again in backward, so that both runs are the same run.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import attrs
 from torch import Tensor
+
+from fds.tree import Params
 
 Apply = Callable[..., Any]
 Wrap = Callable[[Apply], Apply]
@@ -30,8 +32,8 @@ class Frame:
     seed: Tensor | None = None  # 0-D int64; None: modules draw from torch's global generator
     block: Tensor | int = 0  # which block of rows of the global batch this call sees (rank, microbatch)
     salt: int = 0  # tells the sites and their repeated calls apart
-    calls: dict[str, int] = attrs.Factory(dict)  # how often each site was called in this call of the parent
-    pending: dict[str, dict[str, Tensor]] = attrs.Factory(dict)  # buffers updated so far in this call, by site
+    calls: dict[str, int] = attrs.Factory(dict[str, int])  # how often each site was called in this call of the parent
+    pending: dict[str, Params] = attrs.Factory(dict[str, Params])  # buffers updated so far in this call, by site
     training: bool = False  # the mode of the module that is running
     recomputed: bool = False  # inside recompute: unseeded randomness would differ in backward
     updates: dict[str, dict[str, Tensor]] | None = None  # updated buffers by site, when somebody collects them
@@ -41,7 +43,7 @@ FRAME: ContextVar[Frame] = ContextVar("fds_frame", default=Frame())  # noqa: B03
 
 
 @contextmanager
-def scoped(frame: Frame | None = None, **changes: Any) -> Iterator[Frame]:
+def scoped(frame: Frame | None = None, **changes: Any) -> Generator[Frame]:
     """Set `frame` (default: the present one) with `changes` for the time of a block."""
     frame = attrs.evolve(FRAME.get() if frame is None else frame, **changes)
     token = FRAME.set(frame)

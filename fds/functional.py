@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fds import tree
+from fds._torch import named_modules, registries, relist_weights, transient_buffers, writes_statistics
 from fds.frame import FRAME, scoped
 from fds.program import Mutated, Program, assemble
 from fds.randomness import randomness
@@ -44,20 +45,24 @@ def functionalize(module: nn.Module, *, sites: str | Iterable[str] | None = None
     >>> {k: tuple(v.shape) for k, v in params.items()}
     {'weight': (3, 2), 'bias': (3,)}
     """
+    _check_module(module)
+    leaves = _Leaves.of(module)
+    paths = _find_sites(module) if sites is None else _select_sites(module, sites)
+    return ModuleCore(module, leaves, paths).program, dict(leaves.tensors)
+
+
+def _check_module(module: Any) -> None:
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"functionalize: got {type(module).__name__}, required a torch.nn.Module; build the model first, then pass it here"
         )
-    for name, m in module.named_modules():
+    for name, m in named_modules(module):
         if getattr(m, "gradient_checkpointing", False):
             raise ValueError(
                 _NESTED.format(
                     name=name or "module", cls=type(m).__name__, fix="model.gradient_checkpointing_disable()"
                 )
             )
-    leaves = _Leaves.of(module)
-    paths = _find_sites(module) if sites is None else _select_sites(module, sites)
-    return ModuleCore(module, leaves, paths).program, dict(leaves.tensors)
 
 
 @attrs.frozen
@@ -90,19 +95,19 @@ class _Leaves:
 
 
 def _transient(module: nn.Module) -> frozenset[str]:
-    return frozenset(f"{p}.{k}".lstrip(".") for p, m in module.named_modules() for k in m._non_persistent_buffers_set)
+    return frozenset(f"{p}.{k}".lstrip(".") for p, m in named_modules(module) for k in transient_buffers(m))
 
 
 def _transposed(module: nn.Module, first: Mapping[str, str]) -> frozenset[str]:
     """Weights stored as [in, out]: transformers' Conv1D, known by name so that the core does not import transformers."""
     return frozenset(
-        first[f"{p}.weight"] for p, m in module.named_modules() if type(m).__name__ == "Conv1D" and hasattr(m, "nf")
+        first[f"{p}.weight"] for p, m in named_modules(module) if type(m).__name__ == "Conv1D" and hasattr(m, "nf")
     )
 
 
 def _find_sites(module: nn.Module) -> list[str]:
     blocks = {c for m in module.modules() for c in (getattr(m, "_no_split_modules", None) or ())}
-    named = [(n, m) for n, m in module.named_modules() if n]
+    named = [(n, m) for n, m in named_modules(module) if n]
     found = [n for n, m in named if type(m).__name__ in blocks]
     found = found or [n for n, m in named if any(c.__name__ == "GradientCheckpointingLayer" for c in type(m).__mro__)]
     if not found:
@@ -113,7 +118,7 @@ def _find_sites(module: nn.Module) -> list[str]:
 
 
 def _select_sites(module: nn.Module, patterns: str | Iterable[str]) -> list[str]:
-    names = [n for n, _ in module.named_modules() if n]
+    names = [n for n, _ in named_modules(module) if n]
     found = [n for n in tree.select(names, patterns, what="sites")]
     return [n for n in found if not any(n.startswith(o + ".") for o in found)]
 
@@ -139,12 +144,13 @@ class ModuleCore:
         self._pristine = copy.deepcopy(module, dict(memo))
         self.skeleton = copy.deepcopy(module, dict(memo))
         self._leaves, self.sites = leaves, sites
-        self._modules = dict(self.skeleton.named_modules())
+        self._modules = dict(named_modules(self.skeleton))
         self._forwards: dict[str, Callable[..., Any]] = {}
         self._slots: dict[str, list[_Slot]] = {}
         for m in self._modules.values():
-            if getattr(getattr(m, "config", None), "use_cache", None):
-                m.config.use_cache = False  # type: ignore[union-attr]
+            config: Any = getattr(m, "config", None)
+            if getattr(config, "use_cache", None):
+                config.use_cache = False
         self.owner = self._owners()
         for site in sites:
             self.intercept(site)
@@ -277,12 +283,11 @@ class ModuleCore:
     def _find_slots(self, path: str) -> Iterable[_Slot]:
         for name in [path, *self.modules(path)]:
             m = self._modules[name]
-            written = isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats
-            for registry, buffer in ((m._parameters, False), (m._buffers, True)):
+            for registry, buffer in zip(registries(m), (False, True), strict=True):
                 for key, t in registry.items():
                     if t is not None:
                         leaf = self._leaves.first[f"{name}.{key}".lstrip(".")]
-                        yield _Slot(registry, key, leaf, buffer, buffer and written)  # type: ignore[arg-type]
+                        yield _Slot(registry, key, leaf, buffer, buffer and writes_statistics(m))
 
     def call(self, path: str, leaves: Params, *args: Any, **kwargs: Any) -> Any:
         """Run the module at `path` with `leaves` in its registries. Buffers are copied first: a forward may write to them."""
@@ -336,4 +341,4 @@ def _refresh_flat_weights(module: nn.Module) -> None:
         return
     for m in module.modules():
         if isinstance(m, nn.RNNBase):
-            m._flat_weights = [m._parameters[n] for n in m._flat_weights_names]  # type: ignore[assignment]
+            relist_weights(m)

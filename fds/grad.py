@@ -52,7 +52,7 @@ def value_and_grad(
             next(found) if w else torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
             for t, w in zip(flat, wanted, strict=True)
         ]
-        return _detached(out), pytree.tree_unflatten(grads, spec)
+        return pytree.tree_map(_detached, out), pytree.tree_unflatten(grads, spec)
 
     return traced(run)
 
@@ -75,5 +75,5 @@ def _check_scalar(value: Any) -> None:
         )
 
 
-def _detached(out: Any) -> Any:
-    return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fds import tree
 from fds.frame import Apply
-from fds.program import Lens, Program
+from fds.program import Lens, Program, same
 from fds.transform import Transform, around, direct, parameters, through
 from fds.tree import Params
 
@@ -44,7 +44,7 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transfo
         def get(stored: Params) -> Params:
             return {k: v.to(dtype) if k in changed else v for k, v in stored.items()}
 
-        return Lens(put=lambda p: p, get=get, restore=lambda s: s, tol=torch.finfo(dtype).eps)
+        return Lens(put=same, get=get, restore=same, tol=torch.finfo(dtype).eps)
 
     def check(program: Program) -> None:
         if keep:

@@ -96,7 +96,7 @@ class Program:
     inner: "Program | None" = None  # the program before the last transformation
     peel: Callable[[Any], Any] = same  # stored -> stored of `inner`
     push: Callable[[Any], Any] = same  # stored of `inner` -> stored
-    memo: dict[str, Any] = attrs.field(init=False, factory=dict)  # what was compiled for this program
+    memo: dict[str, Any] = attrs.field(init=False, factory=dict[str, Any])  # what was compiled for this program
 
     def __call__(self, stored: Any, *args: Any, **kwargs: Any) -> Any:
         return self.apply(stored, *args, **kwargs)
@@ -224,11 +224,11 @@ def _check_names(params: Mapping[str, Tensor], logical: list[str]) -> None:
 def check_stored(stored: Any, spec: Stored) -> None:
     """Names only, and donated leaves: shapes may carry a batch dimension under vmap."""
     if (
-        not isinstance(stored, Mapping)
+        not tree.is_mapping(stored)
         or stored.keys() != spec.keys()
         or any(stored[s].keys() != spec[s].keys() for s in spec)
     ):
-        if not isinstance(stored, Mapping) or not all(isinstance(v, Mapping) for v in stored.values()):
+        if not tree.is_mapping(stored) or not all(tree.is_mapping(v) for v in stored.values()):
             raise ValueError("stored: not a stored tree {site: {leaf: tensor}}; make one with program.place(params)")
         tree.check_like(stored, spec, what="stored (made for another program?)")
     for s, part in spec.items():

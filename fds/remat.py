@@ -7,7 +7,7 @@ on saved-tensor hooks, which `torch.func` refuses.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -84,9 +84,9 @@ class _Call:
     keep: Callable[[Any], bool] | None
     functorch: bool
     frame: Any = attrs.field(factory=lambda: attrs.evolve(FRAME.get(), recomputed=True))
-    outputs: list[Any] = attrs.field(factory=list)
+    outputs: list[Any] = attrs.field(factory=list[Any])
     out_spec: Any = None
-    kept: list[Any] = attrs.field(factory=list)  # results that the policy keeps, in the order of their operators
+    kept: list[Any] = attrs.field(factory=list[Any])  # results that the policy keeps, in the order of their operators
 
     def __attrs_post_init__(self) -> None:
         self.flat = [None if isinstance(x, Tensor) else x for x in self.flat]
@@ -124,13 +124,13 @@ class _Keep(TorchDispatchMode):
     """
 
     def __init__(self, keep: Callable[[Any], bool], kept: list[Any]) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.keep, self.kept = keep, kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.keep(func):
-            self.kept.append((func, _plain(out)))
+            self.kept.append((func, pytree.tree_map(_detached, out)))
         return out
 
 
@@ -149,15 +149,16 @@ class _Replay(_Keep):
             raise ValueError(
                 f"checkpoint: recompute ran {func} where forward ran {op}, so what the policy kept does not fit (attention takes another kernel when its mask needs a gradient); use checkpoint() without a policy"
             )
-        return _plain(out)
+        return pytree.tree_map(_detached, out)
 
 
-def _plain(out: Any) -> Any:
-    return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 class _Recompute(torch.autograd.Function):
     generate_vmap_rule = True
+    apply: ClassVar[Callable[..., tuple[Tensor, ...]]]  # torch's own has no type
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from fds.randomness import fold
 from fds.tree import Params, Stored
 
 Batch = Mapping[str, Tensor]
-Loss = Callable[[Program, Any, Any], Any]
+Loss = Callable[[Program, Any, Any], Tensor | tuple[Tensor, dict[str, Tensor]]]
 
 
 class NonFiniteError(ValueError):
@@ -86,7 +86,7 @@ class TrainStep:
         """The axes over which ranks see different rows: the program's, and that of a sharded optimizer."""
         return tuple(dict.fromkeys([*self.program.data_axes, *([self.tx.axis] if self.tx.axis is not None else [])]))
 
-    def check(self, state: TrainState, batch: Batch) -> None:
+    def check(self, state: Any, batch: Mapping[str, Any]) -> None:
         """Raise `ValueError` for a state of another program, a donated state, or a batch that does not divide."""
         if not isinstance(state, TrainState):
             raise ValueError(
@@ -201,6 +201,7 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
 
 def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:
     def f(stored: Stored, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Stored]]:
+        out: Tensor | tuple[Tensor, dict[str, Tensor]]
         out, updates = with_updates(step.loss)(step.program, stored, batch)
         value, extra = out if isinstance(out, tuple) else (out, {})
         return value * share, (extra, updates)

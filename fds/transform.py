@@ -114,14 +114,23 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
         with torch.no_grad():
             return lift(lens.restore or lens.get, stored)
 
+    def place(params: Params) -> Params:
+        return push(p.place(params))
+
+    def apply(stored: Params, *args: Any, **kwargs: Any) -> Any:
+        return p.apply(lift(lens.get, stored), *args, **kwargs)
+
+    def restore(stored: Params) -> Params:
+        return p.restore(peel(stored))
+
     with torch.enable_grad():
         spec = {k: v.detach().requires_grad_(v.requires_grad) for k, v in lift(lens.put, p.spec).items()}
     return attrs.evolve(
         p,
         spec=spec,
-        place=lambda params: push(p.place(params)),
-        apply=lambda stored, *args, **kwargs: p.apply(lift(lens.get, stored), *args, **kwargs),
-        restore=lambda stored: p.restore(peel(stored)),
+        place=place,
+        apply=apply,
+        restore=restore,
         axes={**{k: v for k, v in p.axes.items() if k in spec}, **lens.axes},
         stack=(*p.stack, transform),
         tol=max(p.tol, lens.tol),
@@ -194,7 +203,11 @@ def through(
     >>> torch.equal(double(program).restore(stored)["weight"], params["weight"])
     True
     """
-    return _transform(name, options, contract, lens=lambda p: make(parameters(p)))
+
+    def lens(p: Program) -> Lens | None:
+        return make(parameters(p))
+
+    return _transform(name, options, contract, lens=lens)
 
 
 def parameters(p: Program) -> Params:
@@ -246,13 +259,15 @@ def chain(*transforms: Transform) -> Transform:
     >>> fds.chain(fds.chain(fds.cast("bfloat16")), fds.checkpoint()) == fds.chain(fds.cast("bfloat16"), fds.checkpoint())
     True
     """
-    for t in transforms:
-        if not isinstance(t, Transform):
-            raise ValueError(
-                f"chain: {t!r} is not a transformation; leave the program out of the call, as in chain(lora(rank=8, targets=...))(program)"
-            )
-    parts = tuple(p for t in transforms for p in (t.parts if t.parts is not None else (t,)))
-    return Transform("chain", parts=parts)
+    return Transform("chain", parts=tuple(p for t in transforms for p in _parts(t)))
+
+
+def _parts(t: Any) -> tuple[Transform, ...]:
+    if not isinstance(t, Transform):
+        raise ValueError(
+            f"chain: {t!r} is not a transformation; leave the program out of the call, as in chain(lora(rank=8, targets=...))(program)"
+        )
+    return t.parts if t.parts is not None else (t,)
 
 
 def at(pattern: str, transform: Transform) -> Transform:

@@ -7,7 +7,7 @@ module names its leaves. `Stored` has one more level, the site: ``{"": {...}, "m
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard, overload
 
 import optree
 import torch
@@ -17,6 +17,12 @@ Params = dict[str, Tensor]
 Stored = dict[str, dict[str, Tensor]]
 
 
+@overload
+def map(f: Callable[[Tensor], Any], tree: Any) -> Any: ...
+@overload
+def map(f: Callable[[Tensor, Tensor], Any], tree: Any, other: Any, /) -> Any: ...
+@overload
+def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any: ...
 def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Apply `f` to every leaf of `tree` (and to the leaves at the same place in `rest`).
 
@@ -35,11 +41,16 @@ def leaves(tree: Any) -> list[Any]:
     return optree.tree_leaves(tree)
 
 
+def is_mapping(x: Any) -> TypeGuard[Mapping[str, Any]]:
+    """``isinstance(x, Mapping)``, with names for keys; to a type checker the bare test says nothing about what is inside."""
+    return isinstance(x, Mapping)
+
+
 def flat(tree: Any) -> list[Tensor]:
     """The tensors of nested dictionaries, lists and (named) tuples, in order; plain Python, so that Dynamo can follow it."""
     if isinstance(tree, Tensor):
         return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree
+    parts = tree.values() if is_mapping(tree) else tree
     return [x for part in parts for x in flat(part)]
 
 
@@ -47,7 +58,7 @@ def rebuild(like: Any, values: Iterator[Tensor]) -> Any:
     """The tree `like` with its tensors replaced by `values`, in the order of `flat`."""
     if isinstance(like, Tensor):
         return next(values)
-    if isinstance(like, dict):
+    if is_mapping(like):
         return {k: rebuild(v, values) for k, v in like.items()}
     parts = [rebuild(v, values) for v in like]
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)

@@ -29,6 +29,12 @@ class Axis(Protocol):
     def sum(self, x: Tensor) -> Tensor: ...
 
 
+class Update(Protocol):
+    """How an optimizer's `update` is called."""
+
+    def __call__(self, grads: Any, state: Any, params: Any, *, norm: Norm = ...) -> tuple[Any, Any]: ...
+
+
 def _as_they_are(grads: Any) -> Any:
     return grads
 
@@ -43,7 +49,7 @@ class Optimizer(NamedTuple):
     """
 
     init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
+    update: Update
     reduce: Callable[[Any], Any] = _as_they_are
     axis: Axis | None = None
 
@@ -75,7 +81,14 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
 def stateless(f: Callable[[Any, Any], Any]) -> Optimizer:
     """An optimizer from a function ``f(grads, params) -> updates``."""
-    return Optimizer(lambda params: (), lambda grads, state, params, *, norm=tree.norm: (f(grads, params), state))
+
+    def init(params: Any) -> tuple[()]:
+        return ()
+
+    def update(grads: Any, state: Any, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, Any]:
+        return f(grads, params), state
+
+    return Optimizer(init, update)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
@@ -176,7 +189,7 @@ def set_hyperparams(state: Any, **values: float | Tensor) -> Any:
 
 
 def _is_hyper(x: Any) -> bool:
-    return isinstance(x, tuple) and "hyper" in getattr(x, "_fields", ())
+    return "hyper" in getattr(x, "_fields", ()) and isinstance(x, tuple)
 
 
 def _hypers(state: Any) -> list[Mapping[str, Tensor]]:

@@ -32,6 +32,9 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
     def own(params: Any) -> dict[str, Tensor]:
         return {k: flat.view(axis.size, -1)[axis.rank].clone() for k, flat in _flat(params, axis.size).items()}
 
+    def init(params: Any) -> Any:
+        return tx.init(own(params))
+
     def norm_over(grads: Any) -> Tensor:
         return axis.sum(tree.square_sum(tree.leaves(grads))).sqrt()
 
@@ -42,7 +45,7 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
         gathered = {k: collectives.gather(u.to(mine[k].dtype), axis) for k, u in updates.items()}
         return _unflat(gathered, params), state
 
-    return Optimizer(lambda params: tx.init(own(params)), update, reduce, axis)
+    return Optimizer(init, update, reduce, axis)
 
 
 def _check_shards(grads: Any, mine: dict[str, Tensor]) -> None:
@@ -72,7 +75,7 @@ def _unflat(flat: dict[str, Tensor], params: Any) -> Any:
     leaves, spec = optree.tree_flatten(params)
     for k, where in _groups(params).items():
         sizes = [leaves[i].numel() for i in where]
-        parts = flat[k].split([*sizes, flat[k].numel() - sum(sizes)])
+        parts = torch.split(flat[k], [*sizes, flat[k].numel() - sum(sizes)])
         for i, part in zip(where, parts, strict=False):
             leaves[i] = part.view(leaves[i].shape)
     return optree.tree_unflatten(spec, leaves)

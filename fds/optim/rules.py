@@ -137,11 +137,14 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
     if not max_norm > 0:
         raise ValueError(f"clip_by_global_norm: max_norm={max_norm!r}, required > 0")
 
+    def init(params: Any) -> ClipState:
+        return ClipState(_to(hyperparams(max_norm=max_norm), params))
+
     def update(grads: Any, state: ClipState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, ClipState]:
         factor = (state.hyper["max_norm"] / (norm(grads) + 1e-6)).clamp(max=1.0)
         return tree.map(lambda g: (g * factor.to(g.device)).to(g.dtype), grads), state
 
-    return Optimizer(lambda params: ClipState(_to(hyperparams(max_norm=max_norm), params)), update)
+    return Optimizer(init, update)
 
 
 def scale(factor: float) -> Optimizer:
@@ -153,10 +156,13 @@ def scale(factor: float) -> Optimizer:
 def scale_by_schedule(schedule: Schedule) -> Optimizer:
     """Multiply updates by ``schedule(count)``, count = updates so far; after ``adamw(1.0)`` it is the learning rate."""
 
+    def init(params: Any) -> RuleState:
+        return RuleState(_count(params), {}, {})
+
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
         factor = schedule(state.updates)
         return tree.map(lambda g: (factor.to(g.device) * g).to(g.dtype), grads), state._replace(
             updates=state.updates + 1
         )
 
-    return Optimizer(lambda params: RuleState(_count(params), {}, {}), update)
+    return Optimizer(init, update)

@@ -1,0 +1,90 @@
+"""How compiled code multiplies bfloat16 and float16 matrices on processors that have no instructions for them."""
+
+import platform
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+_PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_WORTH = (
+    8  # multiply-adds per element of the three matrices from which converting them pays (measured break-even: 3 to 5)
+)
+
+
+def emulated() -> frozenset[torch.dtype]:
+    """The dtypes whose products this processor emulates, at a fraction of its float32 speed. Known for x86 only."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    has = torch.cpu.get_capabilities()
+    return frozenset(d for d, names in _INSTRUCTIONS.items() if not any(has.get(n) for n in names))
+
+
+def lowered(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` with its low-precision products by way of float32, where the processor would emulate them."""
+    slow = emulated()
+    if not slow:
+        return f
+
+    @wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with WideProducts(slow):
+            return f(*args, **kwargs)
+
+    return run
+
+
+class WideProducts(TorchDispatchMode):
+    """Computes matrix products and attention of the given dtypes in float32 and rounds the result once.
+
+    That is what the hardware instructions compute as well: exact products, summed in float32. Products too small to pay for the
+    conversion (decoding one token) stay as they are.
+    """
+
+    def __init__(self, dtypes: frozenset[torch.dtype]) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self.dtypes = dtypes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dtype = self._worth(func, args)
+        if dtype is None:
+            return func(*args, **kwargs)
+        args, kwargs = _converted((args, kwargs), dtype, torch.float32)
+        out = func(*args, **kwargs)
+        if func is _ATTENTION:
+            return out[0].to(dtype), out[1]  # the second, of sums of exponentials, is float32 for every dtype
+        return _converted(out, torch.float32, dtype)
+
+    def _worth(self, func: Any, args: tuple[Any, ...]) -> torch.dtype | None:
+        """The dtype to convert from, if `func` is a product of a slow dtype and worth it: [.., m, k] by [.., k, n]."""
+        if func in _PRODUCTS:
+            a, b = args[-2:]
+            m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+        elif func is _ATTENTION or func is _ATTENTION_BACKWARD:
+            a, b = args[:2] if func is _ATTENTION else args[1:3]
+            m, k, n = a.shape[-2], a.shape[-1], b.shape[-2]
+        else:
+            return None
+        slow = a.device.type == "cpu" and a.dtype in self.dtypes
+        return a.dtype if slow and _pays(m, k, n) else None
+
+
+def _pays(m: Any, k: Any, n: Any) -> bool:
+    """A size that the compiler does not know counts as large: a matter of speed is not worth a guard."""
+    known = isinstance(m, int) and isinstance(k, int) and isinstance(n, int)
+    return not known or m * k * n >= _WORTH * (m * k + k * n + m * n)
+
+
+def _converted(x: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    def convert(t: Any) -> Any:
+        return t.to(target) if isinstance(t, Tensor) and t.dtype == source else t
+
+    return pytree.tree_map(convert, x)

@@ -1,0 +1,97 @@
+"""Low-precision products by way of float32: the same numbers, on processors without instructions for them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fds
+from fds import lowering
+
+LOW = torch.bfloat16
+WIDE = frozenset([LOW])
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(LOW)
+
+
+@pytest.mark.parametrize("b", [(64, 80), (2, 64, 80)])
+def test_a_product_is_the_float32_product_rounded_once(b):
+    x, w = drawn(*b[:-2], 96, 64), drawn(*b, seed=1)
+    with lowering.WideProducts(WIDE):
+        got = x @ w
+        biased = torch.addmm(drawn(80), x, w, beta=0.5) if x.dim() == 2 else None
+    assert torch.equal(got, (x.float() @ w.float()).to(LOW))
+    if biased is not None:
+        assert torch.equal(biased, torch.addmm(drawn(80).float(), x.float(), w.float(), beta=0.5).to(LOW))
+
+
+def attention(q, k, v, mask=None):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+@pytest.mark.parametrize("mask", [None, drawn(64, 64, seed=7)])
+def test_attention_and_its_gradients(mask):
+    qkv = [drawn(2, 4, 64, 32, seed=i).requires_grad_() for i in range(3)]
+    wide = [t.detach().float().requires_grad_() for t in qkv]
+    with lowering.WideProducts(WIDE):
+        out = attention(*qkv, mask)
+        got = torch.autograd.grad(out.sum(), qkv)
+    want = attention(*wide, None if mask is None else mask.float())
+    assert out.dtype == LOW and torch.equal(out, want.to(LOW))
+    for g, w in zip(got, torch.autograd.grad(want.sum(), wide), strict=True):
+        assert g.dtype == LOW
+        assert torch.allclose(g.float(), w, atol=2**-6 * float(w.abs().max()))
+
+
+def products(f, *args):
+    """The dtype of every matrix product in the graph of `f`."""
+    graph = make_fx(f, tracing_mode="fake")(*args).graph
+    return {n.args[0].meta["val"].dtype for n in graph.nodes if str(n.target).startswith(("aten.mm", "aten.bmm"))}
+
+
+def test_forward_and_backward_products_are_wide_and_small_ones_are_not(monkeypatch):
+    def loss(p, x):
+        return fds.value_and_grad(lambda p: (x @ p["w"]).float().pow(2).sum())(p)
+
+    x, p = drawn(128, 128), {"w": drawn(128, 128, seed=1)}
+    monkeypatch.setattr(lowering, "emulated", lambda: WIDE)
+    assert products(loss, p, x) == {LOW}
+    assert products(lowering.lowered(loss), p, x) == {torch.float32}
+    assert products(lowering.lowered(loss), p, drawn(1, 128)) == {LOW}, "one token: conversion would cost more"
+    monkeypatch.setattr(lowering, "emulated", lambda: frozenset())
+    assert lowering.lowered(loss) is loss
+
+
+def test_under_functional_transformations(monkeypatch):
+    x, w = drawn(3, 96, 96), drawn(96, 96, seed=1)
+
+    def f(w, x):
+        return (x @ w).float().pow(2).sum()
+
+    monkeypatch.setattr(lowering, "emulated", lambda: WIDE)
+    got = lowering.lowered(torch.func.vmap(torch.func.grad(f), (None, 0)))(w, x)
+    for g, one in zip(got, x, strict=True):
+        want = torch.func.grad(f)(w.float(), one.float())
+        assert torch.allclose(g.float(), want, atol=2**-6 * float(want.abs().max()))
+
+
+def test_compiled_values_are_those_of_eager(monkeypatch):
+    monkeypatch.setattr(lowering, "emulated", lambda: WIDE)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64))
+    program, params = fds.functionalize(module)
+    program = fds.cast(program, "bfloat16")
+    stored, x = program.place(params), torch.randn(64, 64)
+    want = program(stored, x)
+    got = fds.compile(program)(stored, x)
+    assert got.dtype == LOW and torch.allclose(got.float(), want.float(), atol=0.02)
+
+
+def test_the_processor_is_asked(monkeypatch):
+    has = {"avx512_bf16": True, "amx_fp16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(lowering.platform, "machine", lambda: "x86_64")
+    assert lowering.emulated() == {torch.float16}
+    monkeypatch.setattr(lowering.platform, "machine", lambda: "aarch64")
+    assert lowering.emulated() == frozenset(), "its instructions are not known here: left as it is"
