@@ -83,6 +83,10 @@ def _check_order(t: Transform, history: tuple[Transform, ...]) -> None:
             f"{t!r} requires {', '.join(map(repr, missing))} before it; this program has {list(history) or 'no transformations'}; the order that works: chain({missing[0]}(...), {t!r})"
         )
     for i, h in enumerate(history):
+        if any(a in h.axes for a in t.axes):
+            raise ValueError(
+                f"{t!r} cannot follow {h!r}: gradients would be reduced twice over the same ranks; leave one of them out, or give it another axis of the mesh"
+            )
         clash = h.provides & t.conflicts
         if not clash:
             continue

@@ -8,6 +8,8 @@ import math
 import torch
 import torch.distributed as dist
 import zoo
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fds
 
@@ -173,12 +175,13 @@ def _through(program, plain, leaves, axis):
     return {**(flat.put({k: v for k, v in leaves.items() if k not in buffers}) if flat else {}), **buffers}
 
 
-def traffic(family, name, gathers):
+def traffic(family, name, gathers, how="eager"):
     """Law 8: bytes on the wire are the closed form: every site `gathers` times, the root once, and each gradient once."""
     program, params, mine, _, axis = setting(family, name)
     stored = program.place(params)
+    run = differentiate(program, how)
     with fds.sharding.record() as wire:
-        differentiate(program, "eager")(stored, mine)
+        run(stored, mine)
     size = {
         s: sum(v.numel() * v.element_size() for k, v in part.items() if k.startswith("shard.")) * axis.size
         for s, part in program.spec.items()
@@ -188,6 +191,97 @@ def traffic(family, name, gathers):
     assert wire.bytes["gather"] == wire_share * (gathers * sites + size[""])
     assert wire.bytes["scatter"] == wire_share * (sites + size[""])
     return wire.calls
+
+
+class Live(TorchDispatchMode):
+    """The largest number of bytes in storages that are alive at once: those of `tensors` and those that operators return."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.peak, self.alive = 0, {}
+        self.see(tensors)
+
+    def see(self, tree):
+        for t in fds.tree.leaves(tree):
+            if isinstance(t, torch.Tensor):
+                self.alive.setdefault(StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes())
+        self.alive = {r: n for r, n in self.alive.items() if not r.expired()}
+        self.peak = max(self.peak, sum(self.alive.values()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.see(out)
+        return out
+
+
+WIDTH, ROWS = 64, 2
+
+
+def memory(blocks, name):
+    """Law 7: the peak of a gradient, for a stack of equal blocks, lies within what is declared; in bytes.
+
+    Three sites in flight: the gathered weights, their gradient, and its copy on the wire, which gloo's thread may hold a moment longer.
+    """
+    axis = fds.sharding.mesh(dp=-1)["dp"]
+    module = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(blocks)))
+    base, params = fds.functionalize(module, sites="*")
+    program = {
+        "shard": fds.shard(axis),
+        "shard, checkpoint": fds.chain(fds.shard(axis), fds.checkpoint()),
+        "checkpoint, shard": fds.chain(fds.checkpoint(), fds.shard(axis)),
+    }[name](base)
+    stored, x = program.place(params), torch.ones(ROWS, WIDTH)
+    del params, module
+    run = fds.value_and_grad(lambda s, x: program(s, x).square().mean())
+    with Live((stored, x)) as live:
+        run(stored, x)
+    shard = fds.tree.nbytes(stored) // blocks
+    site, activation = shard * axis.size, x.nbytes
+    kept = (
+        site - shard if name == "shard" or name == "checkpoint, shard" else 0
+    )  # gathered weights, less the gradients that replace them
+    allowed = 2 * blocks * shard + 3 * site + blocks * (kept + activation)
+    assert blocks * (2 * shard + kept) < live.peak <= allowed, (live.peak, allowed)
+
+
+CHAINABLE = ("shard", "checkpoint", "cast", "lora", "offload", "replicate", "at", "fuse")
+
+
+def any_chain(names):
+    """Laws 1 to 3 for a chain drawn at random; an impossible order has to say so, with one that works."""
+    axis = fds.sharding.mesh(dp=-1)["dp"]
+    build = {
+        "shard": lambda: fds.shard(axis),
+        "checkpoint": fds.checkpoint,
+        "cast": lambda: fds.cast("bfloat16"),
+        "lora": lambda: fds.lora(rank=2, targets="*.q_proj"),
+        "offload": fds.offload,
+        "replicate": lambda: fds.replicate(axis),
+        "at": lambda: fds.at("*.mlp", fds.checkpoint()),
+        "fuse": fds.fuse_lora,
+    }
+    program, params = fds.functionalize(zoo.build("llama"))
+    try:
+        result = fds.chain(*[build[n]() for n in names])(program)
+    except ValueError as error:
+        said = str(error)
+        assert any(n in said for n in [*names, "fuse_lora"]) and ("chain(" in said or "leave one" in said)
+        return
+    rows, stored = zoo.batch("llama"), result.place(params)
+    back = result.restore(stored)
+    assert all(torch.equal(back[k], v) for k, v in params.items())
+    if axis.size > 1 and not {"shard", "replicate"} & set(names):
+        mine = rows  # nothing says that ranks see different rows: each computes them all
+    else:
+        mine = {k: v.chunk(axis.size)[axis.rank] for k, v in rows.items()}
+    value, grads = fds.value_and_grad(lambda s, b: zoo.loss(result, s, b), wrt=result)(stored, mine)
+    want, plain = zoo.reference("llama", rows)
+    tolerance = 0.1 if "cast" in names else 1e-5
+    assert abs(float(mean(value, axis) - want)) < tolerance
+    if "lora" not in names:
+        got = result.restore(grads)
+        total = math.sqrt(sum(float(g.square().sum()) for g in plain.values()))
+        assert math.sqrt(sum(float((got[k] - g).square().sum()) for k, g in plain.items())) < tolerance * total
 
 
 def ten_steps(family, name, microbatches=1, how="eager", optimizer="adamw", training=False):

@@ -1,11 +1,8 @@
 """Files: transformers and PEFT read ours, we read theirs, and a bad file is named, not loaded."""
 
-import json
 import pickle
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import ranks
@@ -150,36 +147,49 @@ def test_foreign_files_are_not_read(tmp_path):
         fds.load(tmp_path, other)
 
 
-_LOOP = """
-import sys, torch, fds, zoo
-from test_checkpoint import stepper
-step, params = stepper()
-state = step.init(params)
-fds.save_state(sys.argv[1], step, state)
-print("ready", flush=True)
-while True:
-    state = state._replace(step=state.step + 1)
-    fds.save_state(sys.argv[1], step, state)
+_KILLS = """
+import os, signal, sys, time, torch, fds
+from test_checkpoint import small
+torch.set_num_threads(1)
+where, moments = sys.argv[1], [float(x) for x in sys.argv[2:]]
+step, state = small()
+fds.save_state(where, step, state)
+last = 0
+for moment in moments:
+    child = os.fork()
+    if child == 0:
+        while True:
+            state = state._replace(step=state.step + 1)
+            fds.save_state(where, step, state)
+    time.sleep(moment)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    state = fds.load_state(where, step)
+    assert int(state.step) >= last, (int(state.step), last)
+    assert all(torch.equal(p, torch.full_like(p, 0.5)) for p in fds.tree.leaves(state.params))
+    last = int(state.step)
+print(last)
 """
 
 
+def small():
+    """A step and its state: weights of 0.5 throughout, so that a torn file shows."""
+    program, params = fds.functionalize(torch.nn.Sequential(torch.nn.Linear(200, 200), torch.nn.Linear(200, 1)))
+    step = fds.train_step(program, fds.optim.sgd(0.1), loss=lambda p, s, b: p(s, b["x"]).mean())
+    return step, step.init({k: torch.full_like(v, 0.5) for k, v in params.items()})
+
+
 def test_a_kill_leaves_a_checkpoint(tmp_path):
-    """kill -9 at ten moments of a loop of saves; what is there afterwards always loads."""
-    step, _ = stepper()
-    worker = subprocess.Popen([sys.executable, "-c", _LOOP, str(tmp_path)], stdout=subprocess.PIPE, env=_env())
-    try:
-        assert worker.stdout.readline() == b"ready\n"
-        for i in range(10):
-            time.sleep(0.013 * (i + 1))
-            worker.send_signal(signal.SIGSTOP)  # frozen at any moment, the folder is what a kill would leave
-            assert int(fds.load_state(tmp_path, step).step) >= 0
-            worker.send_signal(signal.SIGCONT)
-    finally:
-        worker.kill()
-        worker.wait()
-        worker.stdout.close()
-    assert json.loads((tmp_path / "state.json").read_text())["step"] == int(fds.load_state(tmp_path, step).step)
-    fds.save_state(tmp_path, step, fds.load_state(tmp_path, step))
+    """kill -9 at thirty moments of a loop of saves: what is there afterwards loads, whole, and is never older than before."""
+    moments = [f"{0.002 + 0.0037 * i:.4f}" for i in range(30)]
+    out = subprocess.run(
+        [sys.executable, "-c", _KILLS, str(tmp_path), *moments], capture_output=True, text=True, env=_env(), timeout=120
+    )
+    assert out.returncode == 0, out.stderr
+    step, _ = small()
+    state = fds.load_state(tmp_path, step)
+    assert int(state.step) == int(out.stdout) > 30, "the loop saved often enough for kills to fall into a save"
+    fds.save_state(tmp_path, step, state)
     assert len(list(tmp_path.iterdir())) == 2  # the leftovers are gone
 
 

@@ -1,6 +1,8 @@
-"""Algebra, purity, errors, and the traps of torch that fds must not fall into."""
+"""Algebra, modules, the step, purity and errors."""
 
+import laws
 import pytest
+import ranks
 import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
@@ -43,41 +45,32 @@ def test_history_prints_and_goes_back(llama):
         train.without("lora_")
 
 
-CHOICES = st.lists(
-    st.sampled_from(["shard", "checkpoint", "cast", "lora", "offload", "replicate", "at", "fuse"]), max_size=5
-)
+CHOICES = st.lists(st.sampled_from(laws.CHAINABLE), max_size=5)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(CHOICES)
 def test_any_chain_keeps_the_laws_or_says_why_not(names):
-    build = {
-        "shard": lambda: fds.shard(axis()), "checkpoint": fds.checkpoint, "cast": lambda: fds.cast("bfloat16"), "lora": lambda: fds.lora(rank=2, targets="*.q_proj"),
-        "offload": fds.offload, "replicate": lambda: fds.replicate(axis()), "at": lambda: fds.at("*.mlp", fds.checkpoint()), "fuse": fds.fuse_lora,
-    }  # fmt: skip
-    program, params = fds.functionalize(zoo.build("llama"))
-    chain = [build[n]() for n in names]
-    try:
-        result = fds.chain(*chain)(program)
-    except ValueError as error:
-        assert any(n in str(error) for n in [*names, "fuse_lora"]) and (
-            "chain(" in str(error) or "leave one" in str(error)
-        )
-        return
-    stored = result.place(params)
-    back = result.restore(stored)
-    assert all(torch.equal(back[k], v) for k, v in params.items())
-    rows = zoo.batch("llama")
-    value, grads = fds.value_and_grad(lambda s, b: zoo.loss(result, s, b), wrt=result)(stored, rows)
-    want, plain = zoo.reference("llama", rows)
-    assert abs(float(value - want)) < (0.1 if "cast" in names else 1e-5)
-    if "lora" not in names:
-        got = result.restore(grads)
-        total = sum(float(g.square().sum()) for g in plain.values()) ** 0.5
-        assert (
-            sum(float((got[k] - g).square().sum()) for k, g in plain.items()) ** 0.5
-            < (0.1 if "cast" in names else 1e-5) * total
-        )
+    laws.any_chain(names)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(CHOICES)
+def test_any_chain_on_two_ranks(names):
+    ranks.run(2, laws.any_chain, names)
+
+
+def test_a_transformation_is_applied_directly_too(llama):
+    program = llama[1]
+    for name, options in [("cast", ("bfloat16",)), ("shard", (axis(),)), ("checkpoint", ()), ("offload", ("cpu",))]:
+        transform = getattr(fds, name)
+        now, later = transform(program, *options), transform(*options)(program)
+        assert now.history == later.history == (transform(*options),)
+    tuned = fds.lora(program, rank=2, targets="*.q_proj")
+    assert (
+        fds.fuse_lora(tuned).history
+        == fds.chain(fds.lora(rank=2, targets="*.q_proj"), fds.fuse_lora())(program).history
+    )
 
 
 # --- lora, relayout ---
@@ -232,54 +225,6 @@ def test_torch_func_of_a_program(llama):
         assert float((got - want).norm() / want.norm()) < 4e-2  # central differences in float32
 
 
-# --- traps ---
-
-
-def test_two_traced_functions_do_not_share_a_graph():
-    """Dynamo does not guard on which nonstrict function it saw; with one code object the first one's graph answers for the second."""
-    functions = [fds.value_and_grad(lambda p, k=k: (k * p["w"]).sum()) for k in (2.0, 3.0)]
-    got = [torch.compile(f, fullgraph=True, backend="eager")({"w": torch.ones(2)})[0] for f in functions]
-    assert [float(x) for x in got] == [4.0, 6.0]
-    outer = lambda f: lambda p: f(p)  # noqa: E731
-    got = [torch.compile(outer(f), fullgraph=True, backend="eager")({"w": torch.ones(2)})[0] for f in functions]
-    assert [float(x) for x in got] == [4.0, 6.0]
-
-
-def test_a_module_that_checkpoints_inside_itself_is_refused():
-    model = zoo.build("llama", training=True)
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"checkpoints inside itself.*fds\.checkpoint"):
-        fds.functionalize(model)
-
-    class Inner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(3, 3)
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(lambda x: self.a(x).sin(), x, use_reentrant=False).sum()
-
-    program, params = fds.functionalize(Inner())
-    with pytest.raises(RuntimeError, match="checkpoints inside itself"):
-        fds.value_and_grad(program)(program.place(params), torch.ones(2, 3, requires_grad=True))
-
-
-def test_the_key_value_cache_is_off_in_training(llama):
-    model, program, params = llama
-    assert model.config.use_cache is True
-    with torch.no_grad():
-        assert program(program.place(params), **zoo.batch("llama")).past_key_values is None
-
-
-def test_a_strict_compile_of_func_grad_keeps_the_gathers_gradient(llama):
-    """An autograd.Function would lose its backward here without a word; the operator keeps it (two ranks: test_laws)."""
-    _, program, params = llama
-    train = fds.shard(axis())(program)
-    stored = train.place(params)
-    grads = fds.value_and_grad(lambda s, b: zoo.loss(train, s, b), wrt=train)(stored, zoo.batch("llama"))[1]
-    assert all(float(g.abs().sum()) > 0 for part in train.trainable(grads).values() for g in part.values())
-
-
 # --- the step ---
 
 
@@ -406,6 +351,6 @@ def test_the_import_is_light():
     import subprocess
     import sys
 
-    code = "import sys, fds; print([m for m in ('transformers', 'peft', 'matplotlib', 'rich', 'tokenizers', 'safetensors') if m in sys.modules])"
+    code = "import sys, fds; print([m for m in ('transformers', 'peft', 'matplotlib', 'rich', 'tokenizers', 'safetensors', 'triton', 'torch._inductor', 'torch._dynamo.convert_frame') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

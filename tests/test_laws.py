@@ -110,6 +110,18 @@ def test_traffic(name, gathers):
     assert calls["gather"] == 2 * gathers + 1 and calls["scatter"] == 3
 
 
+def test_traffic_in_a_graph():
+    assert (
+        ranks.run(2, laws.traffic, "llama", "shard, cast, checkpoint", 2, "traced") == [{"gather": 5, "scatter": 3}] * 2
+    )
+
+
+@pytest.mark.parametrize("name", ["shard", "shard, checkpoint", "checkpoint, shard"])
+def test_memory_of_a_gradient(name):
+    for blocks in (4, 24):
+        ranks.run(2, laws.memory, blocks, name)
+
+
 def follows(got, want, tolerance):
     assert got[0] == pytest.approx(want[0], rel=tolerance)
     assert got[1] == pytest.approx(want[1], rel=100 * tolerance)

@@ -153,5 +153,5 @@ def test_one_rank_needs_no_group_and_sends_nothing():
             f(x, one) is x for f in (collectives.gather, collectives.scatter, collectives.replicate, collectives.total)
         )
     assert wire.total == 0
-    with pytest.raises(ValueError, match="'maen'.*did you mean 'mean'"):
+    with pytest.raises(ValueError, match=r"'maen'.*did you mean 'mean'"):
         collectives.gather(x, one, reduce="maen")
