@@ -64,6 +64,11 @@ def compile(f: Any = None, *, donate: bool = True, **options: Any) -> Any:
 
 
 def _one_graph(f: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile `f` whole. A step holds its backward, so Inductor takes it for inference and would move every operator to just before its first
+    use: weight gradients to the end, which keeps all recomputed activations alive until then. It computes in the order of the trace instead.
+    """
+    if options.get("backend", "inductor") == "inductor" and options.get("mode") is None:
+        options = {**options, "options": {"reorder_for_locality": False, **(options.get("options") or {})}}
     return torch.compile(f, fullgraph=True, **options)  # pyright: ignore[reportUnknownMemberType]
 
 

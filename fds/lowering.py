@@ -1,4 +1,4 @@
-"""How compiled code multiplies bfloat16 and float16 matrices on processors that have no instructions for them."""
+"""How train steps, and all that fds compiles, multiply bfloat16 and float16 matrices on processors without instructions for them."""
 
 import platform
 from collections.abc import Callable

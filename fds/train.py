@@ -11,6 +11,7 @@ from fds import losses, tree
 from fds.compiling import traced
 from fds.frame import scoped, with_updates
 from fds.grad import value_and_grad
+from fds.lowering import lowered
 from fds.optim import Optimizer, apply_updates
 from fds.program import Axis, Program
 from fds.randomness import fold
@@ -53,7 +54,7 @@ class TrainStep:
             state, metrics = _step(self, tree.rebuild(self.spec, iter(leaves)), batch)
             return tree.flat(state), metrics
 
-        object.__setattr__(self, "region", traced(region))
+        object.__setattr__(self, "region", traced(lowered(region)))
         object.__setattr__(self, "spec", self._state(self.program.spec))
 
     def pure(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:

@@ -95,3 +95,16 @@ def test_the_processor_is_asked(monkeypatch):
     assert lowering.emulated() == {torch.float16}
     monkeypatch.setattr(lowering.platform, "machine", lambda: "aarch64")
     assert lowering.emulated() == frozenset(), "its instructions are not known here: left as it is"
+
+
+def test_an_eager_train_step_is_lowered_and_a_program_by_itself_is_not(monkeypatch):
+    seen = []
+    monkeypatch.setattr(lowering, "emulated", lambda: WIDE)
+    monkeypatch.setattr(lowering, "_pays", lambda *sizes: seen.append(sizes) or True)
+    program, params = fds.functionalize(torch.nn.Linear(64, 64))
+    program, batch = fds.cast(program, "bfloat16"), {"x": torch.randn(64, 64)}
+    program(program.place(params), batch["x"])
+    assert not seen
+    step = fds.train_step(program, fds.optim.sgd(0.1), loss=lambda p, s, b: p(s, b["x"]).float().square().mean())
+    step(step.init(params), batch)
+    assert len(seen) == 2, "forward and the weight's gradient"

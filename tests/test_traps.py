@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fds
+from fds.sharding import collectives
 
 
 def mlp():
@@ -72,6 +73,31 @@ def test_recompute_survives_the_compiler():
         assert all(torch.allclose(g, w) for g, w in zip(restored(train, grads), want, strict=True))
         (counts[name],) = seen
     assert counts["recompute"] == counts["keep"] + 3, counts
+
+
+def order_of_collectives(how):
+    """Gathers and scatters of a step in the order in which they ran (the sums of loss and norm are free to move)."""
+    axis = fds.sharding.mesh(dp=-1)["dp"]
+    module, x = mlp()
+    program, params = fds.functionalize(module, sites="*")
+    train = fds.chain(fds.shard(axis), fds.checkpoint())(program)
+    step = fds.train_step(train, fds.optim.sgd(0.1), loss=lambda p, s, b: p(s, b["x"]).square().mean())
+    run = fds.compile(step) if how == "compiled" else step
+    names, count = [], collectives._count
+    collectives._count = lambda name, buffer: (names.append(name), count(name, buffer))
+    try:
+        run(step.init(params), {"x": x.chunk(axis.size)[axis.rank]})
+    finally:
+        collectives._count = count
+    return [n for n in names if n != "total"]
+
+
+def test_a_compiled_step_keeps_the_order_of_the_trace():
+    """Inductor takes the whole step for inference and would put all weight gradients last, with what they need kept alive."""
+    eager, compiled = (ranks.run(2, order_of_collectives, how)[0] for how in ("eager", "compiled"))
+    assert eager == compiled
+    first, last = eager.index("scatter"), len(eager) - 1 - eager[::-1].index("gather")
+    assert first < last, "a site's gradient leaves before the next site is gathered again"
 
 
 def test_a_trace_by_make_fx_agrees():
