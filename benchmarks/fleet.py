@@ -29,7 +29,7 @@ class Team:
     ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="bench-")
         scratch = Path(self.folder.name)
-        common = _environment(scratch, world, threads) | env
+        common = _environment(world, threads) | env
         self.logs = [(scratch / f"rank{r}.log").open("w+") for r in range(world)]
         self.ranks = [
             subprocess.Popen(
@@ -114,13 +114,12 @@ class Team:
         return scrubbed(" | ".join(lines)) or "no output"
 
 
-def _environment(scratch: Path, world: int, threads: int) -> dict[str, str]:
+def _environment(world: int, threads: int) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     env |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])),
-        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),  # every first step compiles from nothing
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compiler processes that outlives the compile
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -128,6 +127,11 @@ def _environment(scratch: Path, world: int, threads: int) -> dict[str, str]:
         env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(_free_port())
     return env
+
+
+def caches(folder: Path) -> dict[str, str]:
+    """Where torch keeps what it compiled, and DeepSpeed the operators that it builds: empty at a contender's first start."""
+    return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
 
 
 def _free_port() -> int:

@@ -60,7 +60,10 @@ def apply(job: Job) -> Built:
 
     module = llama(job)
     program, params = fds.functionalize(module)
-    stored = program.place({k: p.detach().requires_grad_(p.requires_grad) for k, p in params.items()})
+    stored = {
+        site: {k: t.detach().requires_grad_(program.spec[site][k].requires_grad) for k, t in part.items()}
+        for site, part in program.place(params).items()
+    }
     ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % SIZES[job.size].vocabulary
 
     def plain() -> Tensor:

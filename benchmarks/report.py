@@ -30,7 +30,7 @@ def train(result: Json) -> str:
     parts = [
         _machine(result),
         f"{p['rounds']} rounds of {p['steps']} steps for every contender, alternating in one run, after {p['warm_up'] + 1} steps that are not "
-        "timed; s/step is the median of the slower rank's steps, with the quartiles beside it.",
+        "timed; every contender starts twice, from nothing and with the caches of its first start, and the second one is timed; s/step is the median of the slower rank's steps, with the quartiles beside it.",
     ]
     for group in result["groups"]:
         parts += [_heading(group), _speed(group), _compared(group), _losses(group), _traffic(group)]
@@ -80,31 +80,28 @@ def _probed(group: Json) -> str:
 
 def _speed(group: Json) -> str:
     sharded = group["world"] > 1
-    head = ["", "s/step", "quartiles", "tokens/s", "of peak", "first step, s"]
-    head += (
-        ["peak RSS, GB: sum", "one rank", "after start-up", "others' CPU"]
-        if sharded
-        else ["peak RSS, GB", "after start-up", "others' CPU"]
-    )
-    return table(head, [_row(c, group, len(head), sharded) for c in group["contenders"]])
+    head = ["", "s/step", "quartiles", "tokens/s", "of peak", "build + first step, s", "again, s"]
+    head += ["peak RSS, GB: sum" if sharded else "peak RSS, GB", "at the start from nothing", "others' CPU"]
+    return table(head, [_row(c, group, len(head)) for c in group["contenders"]])
 
 
-def _row(c: Json, group: Json, width: int, sharded: bool) -> list[str]:
+def _row(c: Json, group: Json, width: int) -> list[str]:
     if "error" in c:
         return [c["label"], f"did not run: `{c['error'].replace('|', '/').replace('`', '')}`", *[""] * (width - 2)]
-    peak, life, steady = _peaks(group).get(group["dtype"]), c["peak_rss"]["life"], c["peak_rss"]["steady"]
+    rates = [v for k, v in _peaks(group).items() if k.startswith(group["dtype"])]  # bf16 by itself, and by way of fp32
+    peak, life = max(rates, default=None), c["peak_rss"]["life"]
     low, _, high = c["step_s_quartiles"]
     share = group["flops_per_rank"] / (c["step_s"] * peak * 1e9) if peak else None
-    memory = [f"{sum(life) / GB:.2f}", f"{max(life) / GB:.2f}"] if sharded else [f"{max(life) / GB:.2f}"]
+    starts = [c[k]["setup_s"] + c[k]["first_step_s"] for k in ("from_nothing", "again")]
     return [
         c["label"],
         f"{c['step_s']:.3f}",
         f"{low:.3f} to {high:.3f}",
         f"{c['tokens_per_s']:,.0f}",
         f"{share:.0%}" if share else "",
-        f"{c['first_step_s']:.1f}",
-        *memory,
-        f"{sum(steady) / GB:.2f}",
+        *(f"{t:.0f}" for t in starts),
+        f"{sum(life) / GB:.2f}",
+        f"{sum(c['from_nothing']['peak_rss']) / GB:.2f}",
         f"{c['others_share']:.0%}",
     ]
 
@@ -120,15 +117,14 @@ def _compared(group: Json) -> str:
     if not ours or not peers:
         return ""
     rows = [[p["label"], *(f"{_times(o, p)}" for o in ours)] for p in peers]
-    text = "Times a peer's tokens/s, and times its peak RSS (whole life, summed over ranks; after start-up):"
+    text = "Times a peer's tokens/s, and times its peak RSS (summed over ranks; of the timed processes; of those that started from nothing):"
     return text + "\n\n" + table(["", *(o["label"] for o in ours)], rows) + _applied(group)
 
 
 def _times(ours: Json, peer: Json) -> str:
-    def memory(kind: str) -> float:
-        return sum(ours["peak_rss"][kind]) / sum(peer["peak_rss"][kind])
-
-    return f"{ours['tokens_per_s'] / peer['tokens_per_s']:.2f}x; {memory('life'):.2f}, {memory('steady'):.2f}"
+    life = sum(ours["peak_rss"]["life"]) / sum(peer["peak_rss"]["life"])
+    new = sum(ours["from_nothing"]["peak_rss"]) / sum(peer["from_nothing"]["peak_rss"])
+    return f"{ours['tokens_per_s'] / peer['tokens_per_s']:.2f}x; {life:.2f}; {new:.2f}"
 
 
 def _applied(group: Json) -> str:
