@@ -129,9 +129,9 @@ def _environment(world: int, threads: int) -> dict[str, str]:
     return env
 
 
-def caches(folder: Path) -> dict[str, str]:
-    """Where torch keeps what it compiled, and DeepSpeed the operators that it builds: empty at a contender's first start."""
-    return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+def caches(folder: Path, built: Path) -> dict[str, str]:
+    """Where torch keeps what it compiled (empty at a contender's first start), and DeepSpeed the operators that it builds (empty at a run's)."""
+    return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCH_EXTENSIONS_DIR": str(built)}
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -117,14 +118,15 @@ def _compared(group: Json) -> str:
     if not ours or not peers:
         return ""
     rows = [[p["label"], *(f"{_times(o, p)}" for o in ours)] for p in peers]
-    text = "Times a peer's tokens/s, and times its peak RSS (summed over ranks; of the timed processes; of those that started from nothing):"
+    text = "Times a peer's tokens/s (the median of the rounds' ratios: the machine's speed drifts), and times its peak RSS (summed over ranks; of the timed processes; of those that started from nothing):"
     return text + "\n\n" + table(["", *(o["label"] for o in ours)], rows) + _applied(group)
 
 
 def _times(ours: Json, peer: Json) -> str:
     life = sum(ours["peak_rss"]["life"]) / sum(peer["peak_rss"]["life"])
     new = sum(ours["from_nothing"]["peak_rss"]) / sum(peer["from_nothing"]["peak_rss"])
-    return f"{ours['tokens_per_s'] / peer['tokens_per_s']:.2f}x; {life:.2f}; {new:.2f}"
+    rounds = zip(ours["step_s_rounds"], peer["step_s_rounds"], strict=True)
+    return f"{median(median(p) / median(o) for o, p in rounds):.2f}x; {life:.2f}; {new:.2f}"
 
 
 def _applied(group: Json) -> str:

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 from common import LENGTH, ROWS, SIZES, machine, operations, versions
 from fleet import HERE, ContenderError, Team, busy, caches, scrubbed
 
+BUILT = Path(tempfile.gettempdir()) / f"bench-operators-{os.getpid()}"  # DeepSpeed's, built by its first contender
 RESERVE = (
     5 * 2**30
 )  # bytes that must be free before another contender starts: the largest, two ranks, while it compiles
@@ -115,7 +117,7 @@ class Contender:
     def _build(self) -> float:
         """New processes; seconds until they have built the contender."""
         job = {"size": self.group.size, "dtype": self.group.dtype, "options": self.entry.options}
-        env = caches(Path(self.caches.name))
+        env = caches(Path(self.caches.name), BUILT)
         if self.entry.peer:
             env |= {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(self.python).parent}{os.pathsep}{os.environ['PATH']}"}
         g = self.group
@@ -311,6 +313,7 @@ def main() -> None:
         out.write_text(
             json.dumps(result, indent=1) + "\n"
         )  # after each group: hours of measuring outlive a later failure
+    shutil.rmtree(BUILT, ignore_errors=True)
     _say(f"written: {out}")
 
 
