@@ -9,6 +9,7 @@ import os
 import struct
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,12 @@ def load(directory: Directory, program: Program) -> Params:
 def _complete(found: dict[str, Tensor], program: Program, core: Any, folder: Path) -> Params:
     spec = {k: v for p in program.sites.values() for k, v in p.origin.spec.items()}
     params = {core.first_name(k): v for k, v in found.items()}
-    own = core.tensors()
-    params |= {k: own[k] for k in program.marks["transient"] if k not in params}
+    params |= {k: v for k, v in core.transient().items() if k not in params}
+    meta = next((k for k, v in params.items() if v.is_meta), None)
+    if meta is not None:
+        raise ValueError(
+            f"{folder}: {meta!r} is in no file and was on the meta device; functionalize a module whose buffers are real"
+        )
     missing, unknown = [k for k in spec if k not in params], [k for k in params if k not in spec]
     if missing or unknown:
         name = (missing or unknown)[0]
@@ -287,9 +292,12 @@ def load_adapters(directory: Directory, program: Program, stored: Stored) -> Sto
         ("rank_pattern", {}),
         ("alpha_pattern", {}),
     ):
-        if config.get(key, want) != want:
+        got = config.get(
+            key, {"use_rslora": False, "use_dora": False}.get(key, {} if key.endswith("pattern") else None)
+        )
+        if got != want:
             raise ValueError(
-                f"{folder}/adapter_config.json: {key} is {config[key]!r}, the program's {inner.history[-1]!r} has {want!r}; make the program with the adapter's settings"
+                f"{folder}/adapter_config.json: {key} is {got!r}, the program's {inner.history[-1]!r} has {want!r}; make the program with the adapter's settings"
             )
     given = {k.removeprefix("base_model.model."): v for k, v in found.items()}
     _, known = _adapters(program, stored)
@@ -315,8 +323,8 @@ def save_state(directory: Directory, step: TrainStep, state: TrainState) -> None
     folder = _prepare(directory)
     stamp = _agreed(uuid.uuid4().hex)
     name = f"state-{stamp}-rank{_rank()}.safetensors"
-    _write_tensors(folder / name, dict(_paths(state)))
-    _barrier()
+    with _together(f"save_state({folder})"):
+        _write_tensors(folder / name, dict(_paths(state)))
     if _rank() == 0:
         files = [f"state-{stamp}-rank{r}.safetensors" for r in range(_ranks())]
         sizes = {f: (folder / f).stat().st_size for f in files}
@@ -327,6 +335,7 @@ def save_state(directory: Directory, step: TrainStep, state: TrainState) -> None
                 "ranks": _ranks(),
                 "step": int(state.step),
                 "program": [repr(t) for t in step.program.history],
+                "accelerator": [k for k, v in _paths(state) if v.device.type != "cpu"],
                 "files": sizes,
             },
         )
@@ -342,7 +351,11 @@ def load_state(directory: Directory, step: TrainStep) -> TrainState:
     Raises:
         ValueError: no checkpoint there; another number of ranks; a truncated or foreign file; a leaf missing, unknown or of another shape.
     """
-    folder = Path(directory)
+    with _together(f"load_state({directory})"):
+        return _load_state(Path(directory), step)
+
+
+def _load_state(folder: Path, step: TrainStep) -> TrainState:
     if not (folder / "state.json").is_file():
         raise ValueError(f"{folder}: no checkpoint (no state.json); give the directory that fds.save_state wrote")
     manifest = _read_json(folder / "state.json")
@@ -362,8 +375,34 @@ def load_state(directory: Directory, step: TrainStep) -> TrainState:
         )
     for k, v in spec.items():
         tree.check_leaf(k, found[k], v, what=str(path))
-    devices = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return tree.rebuild(step.spec, iter([found[k].to(devices) if k.startswith("params/") else found[k] for k in spec]))
+    if manifest["program"] != [repr(t) for t in step.program.history]:
+        raise ValueError(
+            f"{path}: saved under {manifest['program']}, this program is {list(step.program.history)}; make the step with the same chain, or restore the parameters and step.init them"
+        )
+    away = set(manifest["accelerator"])
+    if away and not torch.cuda.is_available():
+        raise ValueError(
+            f"{path}: {min(away)!r} was on an accelerator, and there is none here; resume where there is one"
+        )
+    return tree.rebuild(step.spec, iter([found[k].cuda() if k in away else found[k] for k in spec]))
+
+
+@contextmanager
+def _together(what: str) -> Iterator[None]:
+    """A part of the work that every rank does by itself: if it fails on one, it fails on all, and none waits for ever."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    said: list[str | None] = [None] * _ranks()
+    if _ranks() > 1:
+        dist.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [(r, s) for r, s in enumerate(said) if s is not None]
+    if failed:
+        raise ValueError(f"{what}: rank {failed[0][0]} failed: {failed[0][1]}")
 
 
 def _agreed(value: str) -> str:

@@ -101,10 +101,13 @@ class CompiledStep:
         if torch.compiler.is_compiling():
             return self.step(state, batch)
         self.step.check(state, batch)
-        leaves = tree.flat(state)
+        leaves = tree.flat_as(self.step.spec, state, what="state")
         new, metrics = self._compiled(leaves, batch)
         if self.donate:
             new = [t.detach() for t in leaves]
-            for t in leaves:
-                t.set_()  # pyright: ignore[reportCallIssue]  # empties this handle; the storage lives on in the new state
-        return self.step.report(tree.rebuild(self.step.spec, iter(new)), metrics)
+        state = self.step.report(
+            tree.rebuild(self.step.spec, iter(new)), metrics
+        )  # may raise: the old state still lives
+        for t in leaves if self.donate else []:
+            t.set_()  # pyright: ignore[reportCallIssue]  # empties this handle; the storage lives on in the new state
+        return state

@@ -48,7 +48,7 @@ def functionalize(module: nn.Module, *, sites: str | Iterable[str] | None = None
     _check_module(module)
     leaves = _Leaves.of(module)
     paths = _find_sites(module) if sites is None else _select_sites(module, sites)
-    return ModuleCore(module, leaves, paths).program, dict(leaves.tensors)
+    return ModuleCore(module, leaves.light(), paths).program, dict(leaves.tensors)
 
 
 def _check_module(module: Any) -> None:
@@ -73,6 +73,11 @@ class _Leaves:
     first: dict[str, str]  # any name -> first name
     marks: dict[str, frozenset[str]]
 
+    def light(self) -> "_Leaves":
+        """What a program keeps: real tensors only of what no file holds. Anything more would keep the whole model alive on every rank."""
+        kept = {k: t if k in self.marks["transient"] else _abstract(t) for k, t in self.tensors.items()}
+        return attrs.evolve(self, tensors=kept)
+
     @staticmethod
     def of(module: nn.Module) -> "_Leaves":
         known: dict[int, str] = {}
@@ -90,6 +95,11 @@ class _Leaves:
                 "buffer": frozenset(buffers),
                 "transient": _transient(module) & frozenset(tensors),
                 "transposed": _transposed(module, first),
+                "lookup": frozenset(
+                    first[f"{p}.weight"]
+                    for p, m in named_modules(module)
+                    if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+                ),
             },
         )
 
@@ -173,9 +183,9 @@ class ModuleCore:
         """The name under which a leaf is kept, for any name it goes by."""
         return self._leaves.first.get(name, name)
 
-    def tensors(self) -> Params:
-        """The tensors of the module the programs were made from."""
-        return self._leaves.tensors
+    def transient(self) -> Params:
+        """The buffers that files do not hold, as they were in the module."""
+        return {k: self._leaves.tensors[k] for k in self._leaves.marks["transient"]}
 
     def with_training(self, training: bool) -> Program:
         if self._pristine.training == training and all(m.training == training for m in self._pristine.modules()):

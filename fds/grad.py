@@ -7,6 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fds import tree
 from fds.compiling import traced
 from fds.program import Program
 
@@ -35,7 +36,7 @@ def value_and_grad(
 
     def run(stored: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         flat, spec = pytree.tree_flatten(stored)
-        wanted = _wanted(flat, None if program is None else pytree.tree_leaves(program.spec))
+        wanted = _wanted(flat, None if program is None else tree.flat(_in_order(program.spec, stored)))
         leaves = [t.detach().requires_grad_() if w else t for t, w in zip(flat, wanted, strict=True)]
         with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
             out = f(pytree.tree_unflatten(leaves, spec), *args, **kwargs)
@@ -58,13 +59,18 @@ def value_and_grad(
 
 
 def _wanted(flat: list[Tensor], spec: list[Tensor] | None) -> list[bool]:
-    if spec is None:
-        return [t.is_floating_point() for t in flat]
-    if len(spec) != len(flat):
+    return [t.is_floating_point() for t in flat] if spec is None else [s.requires_grad for s in spec]
+
+
+def _in_order(spec: Any, stored: Any) -> Any:
+    """`spec` with its keys in the order of `stored`: leaves go by their names."""
+    if isinstance(spec, Tensor):
+        return spec
+    if not tree.is_mapping(stored) or stored.keys() != spec.keys():
         raise ValueError(
-            f"value_and_grad: stored has {len(flat)} leaves, the program {len(spec)}; was it made for another program?"
+            f"value_and_grad: stored has {len(tree.leaves(stored))} leaves, the program {len(tree.leaves(spec))}; was it made for another program?"
         )
-    return [s.requires_grad for s in spec]
+    return {k: _in_order(spec[k], v) for k, v in stored.items()}
 
 
 def _check_scalar(value: Any) -> None:

@@ -118,19 +118,25 @@ def fuse_lora() -> Transform:
 
 def _check(settings: Lora, program: Program) -> None:
     spec = {k: v for p in (program.sites or {"": program}).values() for k, v in parameters(p).items()}
-    chosen = tree.select(spec, settings.targets, what="lora targets")
-    weights = [k for k in chosen if k.endswith("weight") and spec[k].dim() == 2]
-    if not weights:
-        raise ValueError(
-            f"lora targets: {settings.targets} match no 2-D weight ({chosen[0]} is {tuple(spec[chosen[0]].shape)}); name linear layers, as '*.q_proj'"
-        )
+    lookup = program.marks.get("lookup", frozenset())
+    for pattern in settings.targets:
+        chosen = tree.select(spec, pattern, what="lora targets")
+        if not any(_is_linear(k, spec[k], lookup) for k in chosen):
+            first = chosen[0]
+            raise ValueError(
+                f"lora targets: {pattern!r} matches no weight of a linear layer ({first} is {'an embedding' if first in lookup else tuple(spec[first].shape)}); name linear layers, as '*.q_proj'"
+            )
+
+
+def _is_linear(name: str, leaf: Tensor, lookup: frozenset[str]) -> bool:
+    return leaf.dim() == 2 and name.endswith("weight") and name not in lookup
 
 
 def _targets(settings: Lora, p: Program) -> list[str]:
     return [
         k
         for k, v in parameters(p).items()
-        if v.dim() == 2 and k.endswith("weight") and any(tree.matches(t, k) for t in settings.targets)
+        if _is_linear(k, v, p.marks.get("lookup", frozenset())) and any(tree.matches(t, k) for t in settings.targets)
     ]
 
 

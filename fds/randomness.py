@@ -51,7 +51,7 @@ def uniform(
 
 
 class _Seeded(TorchFunctionMode):
-    """Answers the random functions that models use, from the frame's seed; refuses those it does not know."""
+    """Answers the random functions that models use, from the frame's seed; refuses those that it knows and cannot seed."""
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
@@ -86,17 +86,22 @@ class _Seeded(TorchFunctionMode):
             scores = scores.masked_fill(~seen, -math.inf)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        return self.dropout(scores.softmax(-1), dropout_p) @ value
+        # As torch's own attention: a row without any key to look at (left padding) gives zeros, not NaN.
+        return self.dropout(torch._safe_softmax(scores, -1), dropout_p) @ value
 
     def rand(self, *shape: Any, **kwargs: Any) -> Tensor:
-        shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
-        return self.draw(list(shape), kwargs.get("device") or torch.get_default_device(), rows=False).to(
+        if kwargs.get("generator") is not None:
+            return torch.rand(*shape, **kwargs)
+        shape = kwargs.get("size", shape)
+        shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else tuple(shape)
+        # A number by itself is the same for all rows (a layer is dropped or not); more than one dimension begins with the rows.
+        return self.draw(list(shape), kwargs.get("device") or torch.get_default_device(), rows=len(shape) > 1).to(
             kwargs.get("dtype") or torch.get_default_dtype()
         )
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = _RANDOM.get(func)
+        name = "" if _inner_dropout(func, args, kwargs) else _RANDOM.get(func)
         if name is None:
             return func(*args, **kwargs)
         if self.frame.seed is None:
@@ -111,8 +116,23 @@ class _Seeded(TorchFunctionMode):
 _RANDOM: dict[Any, str] = {
     F.dropout: "dropout", torch.dropout: "dropout", F.scaled_dot_product_attention: "attention", torch.rand: "rand",
     **{f: "" for f in (F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.bernoulli, torch.randn, torch.randint, torch.rand_like,
-                       torch.randn_like, torch.multinomial, torch.Tensor.bernoulli_, torch.Tensor.uniform_, torch.Tensor.normal_, F.gumbel_softmax)},
+                       torch.randn_like, torch.multinomial, torch.normal, torch.randperm, torch.Tensor.bernoulli, torch.Tensor.bernoulli_, torch.Tensor.uniform_, torch.Tensor.normal_,
+                       torch.Tensor.exponential_, torch.Tensor.random_, torch.Tensor.multinomial, torch.Tensor.cauchy_, torch.Tensor.geometric_, torch.Tensor.log_normal_,
+                       F.gumbel_softmax)},
 }  # fmt: skip
+
+
+def _inner_dropout(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether this is a function of many parts with dropout inside, where nobody can seed it."""
+    name = getattr(func, "__name__", "")
+    if func is F.multi_head_attention_forward:
+        return kwargs.get("training", True) and kwargs.get("dropout_p", args[10] if len(args) > 10 else 0.0) > 0
+    if func is F.rrelu:
+        return kwargs.get("training", args[3] if len(args) > 3 else False)
+    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        drop, training = args[5:7] if isinstance(args[3], bool) else args[6:8]  # unpacked, packed sequences
+        return training and drop > 0
+    return False
 
 
 def _unseeded(func: Callable[..., Any], args: Any, kwargs: Any, recomputed: bool) -> Any:

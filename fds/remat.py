@@ -130,7 +130,7 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.keep(func):
-            self.kept.append((func, pytree.tree_map(_detached, out)))
+            self.kept.append((func, out, _versions(out)))
         return out
 
 
@@ -144,12 +144,18 @@ class _Replay(_Keep):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.keep(func):
             return func(*args, **(kwargs or {}))
-        op, out = next(self.left, (None, None))
+        op, out, versions = next(self.left, (None, None, None))
         if op is not func:
             raise ValueError(
                 f"checkpoint: recompute ran {func} where forward ran {op}, so what the policy kept does not fit (attention takes another kernel when its mask needs a gradient); use checkpoint() without a policy"
             )
+        if _versions(out) != versions:  # the module wrote into it (``scores += bias``), and will do so again
+            return func(*args, **(kwargs or {}))
         return pytree.tree_map(_detached, out)
+
+
+def _versions(out: Any) -> list[int]:
+    return [x._version for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
 
 
 def _detached(x: Any) -> Any:
@@ -207,6 +213,10 @@ def _pull_functorch(
 def _pull_autograd(
     call: _Call, saved: list[Tensor], places: list[int], cotangents: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "checkpoint: create_graph=True would lose the second derivative of recomputed sites; use torch.func.grad of torch.func.grad (or jvp of grad), or a program without checkpoint()"
+        )
     with torch.enable_grad():
         leaves = tuple(saved[i].detach().requires_grad_() for i in places)
         outputs = call.again(saved, places, leaves)

@@ -59,7 +59,7 @@ class TrainStep:
 
     def pure(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """The step as one traced region, without checks."""
-        leaves, metrics = self.region(tree.flat(state), batch)
+        leaves, metrics = self.region(tree.flat_as(self.spec, state, what="state"), batch)
         return tree.rebuild(self.spec, iter(leaves)), metrics
 
     def init(self, params: Params) -> TrainState:
@@ -94,6 +94,8 @@ class TrainStep:
                 f"train step: state is {type(state).__name__}, required the TrainState that step.init(params) or the last step returned"
             )
         tree.check_like(state.params, self.program.spec, what="the state")
+        for spec, leaf in zip(tree.flat(self.spec), tree.flat_as(self.spec, state, what="state"), strict=True):
+            tree.check_leaf("a leaf of the optimizer's state", leaf, spec, what="the state")
         for name, x in batch.items():
             if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % self.microbatches or not x.shape[0]:
                 got = f"{x.shape[0]} rows" if isinstance(x, Tensor) and x.dim() else repr(x)
@@ -144,40 +146,54 @@ def train_step(
         raise ValueError(
             "train_step: the program has no trainable leaf (after fuse_lora, or all frozen); train the program before fusing"
         )
+    if tx.axis is not None and (tx.axis in program.data_axes or any(p.axes for p in program.sites.values())):
+        raise ValueError(
+            f"train_step: optim.sharded over {tx.axis!r} is for parameters that every rank holds whole; this program's {list(program.history)} reduces its gradients already; pass the optimizer without sharded()"
+        )
     return TrainStep(program, tx, loss, microbatches, on_nonfinite, seed)
 
 
 def _step(step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     program, tx = step.program, step.tx
     value, grads, updates, aux = _accumulate(step, state, batch)
-    grads = tx.reduce(program.trainable(grads))
+    grads = tx.reduce(grads)
     squares = _squares(step, grads)
-    norm = torch.stack(list(squares.values())).sum().sqrt()
+    norm = _norm(squares)
     ok = torch.isfinite(value) & torch.isfinite(norm)
     old = program.trainable(state.params)
-    change, optimizer = tx.update(grads, state.optimizer, old, norm=lambda _: norm)
+
+    def norm_of(g: Any) -> Tensor:  # what a chain has scaled before has another norm
+        return norm if g is grads else _norm(_squares(step, g))
+
+    change, optimizer = tx.update(grads, state.optimizer, old, norm=norm_of)
     new = apply_updates(old, change)
 
     def chosen(new: Tensor, old: Tensor) -> Tensor:
         return torch.where(ok.to(old.device), new, old)
 
     trained = tree.map(chosen, new, old)
+    buffers = {s: {k: chosen(v, state.params[s][k]) for k, v in part.items()} for s, part in updates.items()}
     params = {
-        s: {k: trained[s].get(k, updates.get(s, {}).get(k, v)) for k, v in part.items()}
+        s: {k: trained[s].get(k, buffers.get(s, {}).get(k, v)) for k, v in part.items()}
         for s, part in state.params.items()
     }
     state = TrainState(
         params, tree.map(chosen, optimizer, state.optimizer), state.step + 1, state.rng.clone(), state.skipped + ~ok
     )
-    metrics = {
+    metrics: dict[str, Any] = {
         "loss": value,
         "grad_norm": norm,
         "skipped": state.skipped.clone(),
         "was_skipped": ~ok,
         "nonfinite": {k: ~torch.isfinite(v) for k, v in squares.items()},
-        **aux,
     }
-    return state, metrics
+    if taken := metrics.keys() & aux.keys():
+        raise ValueError(f"train_step: the loss returned a metric {min(taken)!r}, a name of the step's own; rename it")
+    return state, {**metrics, **aux}
+
+
+def _norm(squares: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(squares.values())).sum().sqrt()
 
 
 def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tensor, Stored, Stored, dict[str, Tensor]]:
@@ -193,6 +209,7 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
             (v, (extra, new)), g = value_and_grad(_with_aux(step, shares[i]), has_aux=True, wrt=step.program)(
                 params, part
             )
+        g = step.program.trainable(g)  # frozen leaves' zeros take no memory until they are added
         grads = g if grads is None else tree.map(torch.add, grads, g)
         value, updates = value + v.float(), new or updates
         aux = {k: aux.get(k, 0.0) + x / m for k, x in extra.items()}

@@ -150,8 +150,12 @@ def around_site(site: str, p: Program, wrap: Wrap, scope: str) -> Program:
     if site and tree.matches(scope, site):
         return attrs.evolve(p, apply=wrap(p.apply))
     core = p.core
-    paths = _outermost(m for m in (core.modules(site) if core else []) if tree.matches(scope, m))
-    if core is None or not paths:
+    if core is None:
+        return p
+    # Not around a module that calls sites: their leaves do not pass through its call, so recompute would differentiate by nothing.
+    inside = [m for m in core.modules(site) if not any(s.startswith(m + ".") for s in core.sites)]
+    paths = _outermost(m for m in inside if tree.matches(scope, m))
+    if not paths:
         return p
     for path in paths:
         core.intercept(path)
@@ -287,16 +291,36 @@ def at(pattern: str, transform: Transform) -> Transform:
         return chain(*[at(pattern, t) for t in transform.parts])
     if transform.rewrite is not None:
         raise ValueError(f"at: {transform!r} acts on whole programs and cannot be restricted to {pattern!r}")
+    if "lora" in transform.provides:
+        raise ValueError(f"at: {transform!r} names its weights itself; write the pattern into its targets")
 
     def check(program: Program) -> None:
-        names = list(tree.named(program.spec))
-        modules = [m for s in program.sites for m in (program.core.modules(s) if program.core else [])]
-        tree.select(names + modules if transform.wrap else names, pattern, what=f"at({pattern!r}, {transform!r})")
+        what = f"at({pattern!r}, {transform!r})"
+        leaves = list(tree.named(program.spec)) if transform.lens else []
+        modules = [m for s in program.sites for m in (s, *(program.core.modules(s) if program.core else [])) if m]
+        tree.select(leaves + modules if transform.wrap else leaves, pattern, what=what)
+        if transform.lens is not None and transform.check is not None:
+            transform.check(_restricted(program, pattern))
+        for s, p in program.sites.items():
+            for k, v in parameters(p).items():
+                if transform.axes and v.requires_grad and not tree.matches(pattern, k):
+                    raise ValueError(
+                        f"{what}: {tree.qualified(s, k)!r} would be left out, and its gradient would come from this rank's rows alone; apply {transform.name} to the whole program (shard has a threshold= for small leaves)"
+                    )
 
     return attrs.evolve(
         transform, name="at", options=(("pattern", pattern), ("transform", transform)), lens=transform.lens and partial(_lens_at, pattern, transform.lens),
         scope=pattern if transform.wrap else transform.scope, check=check, conflicts=transform.conflicts - {transform.name},
     )  # fmt: skip
+
+
+def _restricted(program: Program, pattern: str) -> Program:
+    """`program` with those leaves only that `pattern` names."""
+
+    def chosen(p: Program) -> Program:
+        return attrs.evolve(p, spec={k: v for k, v in p.spec.items() if tree.matches(pattern, k)})
+
+    return attrs.evolve(program, sites={s: chosen(p) for s, p in program.sites.items()})
 
 
 def _lens_at(pattern: str, make: Callable[[Program], Lens | None], p: Program) -> Lens | None:

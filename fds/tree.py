@@ -54,6 +54,23 @@ def flat(tree: Any) -> list[Tensor]:
     return [x for part in parts for x in flat(part)]
 
 
+def flat_as(like: Any, tree: Any, *, what: str, path: str = "") -> list[Tensor]:
+    """The tensors of `tree` in the order of `like`: dictionaries by key, whatever their own order. `ValueError` where the two differ in shape."""
+    if isinstance(like, Tensor):
+        if not isinstance(tree, Tensor):
+            raise ValueError(
+                f"{what}{path}: {type(tree).__name__} instead of a tensor; it belongs to another program or optimizer"
+            )
+        return [tree]
+    keys: list[Any] = list(like) if is_mapping(like) else list(range(len(like)))
+    fits = tree.keys() == like.keys() if is_mapping(like) and is_mapping(tree) else type(tree) is type(like)
+    if not fits or len(tree) != len(like):
+        raise ValueError(
+            f"{what}{path}: {type(tree).__name__} of {len(tree) if hasattr(tree, '__len__') else 1} where {type(like).__name__} of {len(like)} was expected; it belongs to another program or optimizer"
+        )
+    return [x for k in keys for x in flat_as(like[k], tree[k], what=what, path=f"{path}[{k!r}]")]
+
+
 def rebuild(like: Any, values: Iterator[Tensor]) -> Any:
     """The tree `like` with its tensors replaced by `values`, in the order of `flat`."""
     if isinstance(like, Tensor):

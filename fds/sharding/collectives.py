@@ -6,7 +6,6 @@ All four are linear, so nothing is saved for backward; each one's gradient is an
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Protocol
 
 import attrs
@@ -53,7 +52,7 @@ class Traffic:
         return sum(self.bytes.values())
 
 
-_RECORDERS: ContextVar[tuple[Traffic, ...]] = ContextVar("fds_traffic", default=())
+_RECORDERS: list[Traffic] = []  # of the process: autograd runs CUDA's backward in threads of its own
 
 
 @contextmanager
@@ -66,15 +65,15 @@ def record() -> Iterator[Traffic]:
     0
     """
     traffic = Traffic()
-    token = _RECORDERS.set((*_RECORDERS.get(), traffic))
+    _RECORDERS.append(traffic)
     try:
         yield traffic
     finally:
-        _RECORDERS.reset(token)
+        _RECORDERS[:] = [t for t in _RECORDERS if t is not traffic]
 
 
 def _count(name: str, buffer: Tensor) -> None:
-    for t in _RECORDERS.get():
+    for t in _RECORDERS:
         t.calls[name] = t.calls.get(name, 0) + 1
         t.bytes[name] = t.bytes.get(name, 0) + buffer.numel() * buffer.element_size()
 

@@ -103,7 +103,8 @@ def _start() -> int:
     if not dist.is_initialized() and world > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # gloo beside nccl: what `offload` keeps in host memory is summed there.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
