@@ -1,6 +1,6 @@
 """The private and the untyped names of torch that fds uses, in one place, and the operator recipe that stands on them.
 
-What is imported here exists from torch 2.1 to 2.13. A torch without one of these fails here, at import, by name.
+A torch without one of the imported names fails here, by name. Run on torch 2.13.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ try:
     from torch.autograd.function import _SingleLevelFunction
 except ImportError as error:
     raise ImportError(
-        f"fds needs a private name that torch {torch.__version__} lacks ({error}); use a torch between 2.1 and 2.13"
+        f"fds needs a private name that torch {torch.__version__} lacks ({error}); fds is tested on torch 2.13"
     ) from error
 
 _LIBRARY = torch.library.Library("fds", "FRAGMENT")

@@ -6,7 +6,9 @@ that a kill at any moment leaves the old files or the new.
 
 import json
 import os
+import shutil
 import struct
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from fds.tree import Params, Stored
 
 Directory = str | os.PathLike[str]
 
-_ASIDE = ".writing-"  # begins the names of files that are not finished
+_ASIDE = ".writing-"  # begins the names of folders with files that are not finished
 _MODEL, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -33,14 +35,16 @@ _MODEL, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def _write(path: Path, write: Any) -> None:
     """Let ``write(temporary path)`` make the file, flush it, and give it its name."""
-    aside = path.with_name(f"{_ASIDE}{uuid.uuid4().hex}-{path.name}")
+    # A folder, since safetensors writes to a temporary file beside the one it is given, which a kill leaves there.
+    folder = tempfile.mkdtemp(prefix=_ASIDE, dir=path.parent)
+    aside = Path(folder) / path.name
     try:
         write(aside)
         with open(aside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     _flush_folder(path.parent)
 
 
@@ -119,7 +123,7 @@ def _prepare(directory: Directory) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if _rank() == 0:
         for leftover in folder.glob(f"{_ASIDE}*"):
-            leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True)
     _barrier()
     return folder
 
