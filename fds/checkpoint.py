@@ -158,20 +158,15 @@ def save(directory: Directory, program: Program, stored: Stored, *, max_shard_si
     for i, part in enumerate(_parts(program, stored, max_shard_size)):
         name = f"model-{stamp}-{i:05d}.safetensors"
         files[name] = list(part)
+        with _together(f"save({folder})"):
+            if _rank() == 0:
+                _write_tensors(folder / name, part)
+    size = sum(tree.nbytes(p.origin.spec) for p in program.sites.values())
+    with _together(f"save({folder})"):
         if _rank() == 0:
-            _write_tensors(folder / name, part)
-    if _rank() == 0:
-        if getattr(core, "config", None) is not None:
-            _write_config(folder, core)
-        _publish(
-            folder,
-            files,
-            sum(
-                v.numel() * v.element_size()
-                for v in tree.named({s: p.origin.spec for s, p in program.sites.items()}).values()
-            ),
-        )
-    _barrier()
+            if getattr(core, "config", None) is not None:
+                _write_config(folder, core)
+            _publish(folder, files, size)
 
 
 def _parts(program: Program, stored: Stored, limit: int) -> Iterator[Params]:
@@ -262,15 +257,17 @@ def save_adapters(directory: Directory, program: Program, stored: Stored) -> Non
     folder = _prepare(directory)
     inner, adapters = _adapters(program, stored)
     weights = [k.replace(".lora_A.weight", ".weight") for k in adapters if ".lora_A." in k]
-    if _rank() == 0:
-        settings, config = inner.history[-1].settings, getattr(program.origin.core, "config", None)  # type: ignore[attr-defined]
-        _write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in adapters.items()})
-        _write_json(folder / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": None, "r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora,
-            "use_dora": False, "bias": "none", "target_modules": [w.removesuffix(".weight") for w in weights], "inference_mode": True,
-            "fan_in_fan_out": any(w in program.marks["transposed"] for w in weights), "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
-        })  # fmt: skip
-    _barrier()
+    with _together(f"save_adapters({folder})"):
+        if _rank() == 0:
+            settings, config = inner.history[-1].settings, getattr(program.origin.core, "config", None)  # type: ignore[attr-defined]
+            _write_tensors(
+                folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in adapters.items()}
+            )
+            _write_json(folder / "adapter_config.json", {
+                "peft_type": "LORA", "task_type": None, "r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora,
+                "use_dora": False, "bias": "none", "target_modules": [w.removesuffix(".weight") for w in weights], "inference_mode": True,
+                "fan_in_fan_out": any(w in program.marks["transposed"] for w in weights), "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+            })  # fmt: skip
 
 
 def _adapters(program: Program, stored: Stored) -> tuple[Program, Params]:
