@@ -285,17 +285,15 @@ def load_adapters(directory: Directory, program: Program, stored: Stored) -> Sto
     config, found = _read_json(folder / "adapter_config.json"), _read_tensors(folder / "adapter_model.safetensors")
     inner, early = program.before("lora", stored)
     settings: Any = inner.history[-1].settings  # type: ignore[attr-defined]
-    for key, want in (
-        ("r", settings.rank),
-        ("lora_alpha", settings.alpha),
-        ("use_rslora", settings.rslora),
-        ("use_dora", False),
-        ("rank_pattern", {}),
-        ("alpha_pattern", {}),
+    for key, want, absent in (
+        ("r", settings.rank, None),
+        ("lora_alpha", settings.alpha, None),
+        ("use_rslora", settings.rslora, False),
+        ("use_dora", False, False),
+        ("rank_pattern", {}, {}),
+        ("alpha_pattern", {}, {}),
     ):
-        got = config.get(
-            key, {"use_rslora": False, "use_dora": False}.get(key, {} if key.endswith("pattern") else None)
-        )
+        got = config.get(key, absent)
         if got != want:
             raise ValueError(
                 f"{folder}/adapter_config.json: {key} is {got!r}, the program's {inner.history[-1]!r} has {want!r}; make the program with the adapter's settings"

@@ -53,7 +53,7 @@ def value_and_grad(
             next(found) if w else torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
             for t, w in zip(flat, wanted, strict=True)
         ]
-        return pytree.tree_map(_detached, out), pytree.tree_unflatten(grads, spec)
+        return pytree.tree_map(tree.detached, out), pytree.tree_unflatten(grads, spec)
 
     return traced(run)
 
@@ -79,7 +79,3 @@ def _check_scalar(value: Any) -> None:
         raise ValueError(
             f"value_and_grad: f returned {got}, required a 0-D floating tensor (reduce it, as with .mean()); for (scalar, aux) pass has_aux=True"
         )
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x

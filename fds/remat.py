@@ -151,15 +151,11 @@ class _Replay(_Keep):
             )
         if _versions(out) != versions:  # the module wrote into it (``scores += bias``), and will do so again
             return func(*args, **(kwargs or {}))
-        return pytree.tree_map(_detached, out)
+        return pytree.tree_map(tree.detached, out)
 
 
 def _versions(out: Any) -> list[int]:
     return [x._version for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x
 
 
 class _Recompute(torch.autograd.Function):

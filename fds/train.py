@@ -94,7 +94,8 @@ class TrainStep:
                 f"train step: state is {type(state).__name__}, required the TrainState that step.init(params) or the last step returned"
             )
         tree.check_like(state.params, self.program.spec, what="the state")
-        for spec, leaf in zip(tree.flat(self.spec), tree.flat_as(self.spec, state, what="state"), strict=True):
+        rest = tree.flat_as(self.spec[1:], state[1:], what="state")
+        for spec, leaf in zip(tree.flat(self.spec[1:]), rest, strict=True):
             tree.check_leaf("a leaf of the optimizer's state", leaf, spec, what="the state")
         for name, x in batch.items():
             if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % self.microbatches or not x.shape[0]:

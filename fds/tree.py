@@ -46,6 +46,11 @@ def is_mapping(x: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(x, Mapping)
 
 
+def detached(x: Any) -> Any:
+    """A tensor without its graph; anything else as it is."""
+    return x.detach() if isinstance(x, Tensor) else x
+
+
 def flat(tree: Any) -> list[Tensor]:
     """The tensors of nested dictionaries, lists and (named) tuples, in order; plain Python, so that Dynamo can follow it."""
     if isinstance(tree, Tensor):
