@@ -128,7 +128,7 @@ def norm(tree: Any) -> Tensor:
 def square_sum(tensors: Iterable[Tensor]) -> Tensor:
     """Sum of the squares of all elements, accumulated in float32; a 0-D tensor (0 for no tensors)."""
     parts = [t.float().square().sum() for t in tensors]
-    return torch.stack(parts).sum() if parts else torch.zeros(())
+    return torch.stack([p.to(parts[0].device) for p in parts]).sum() if parts else torch.zeros(())
 
 
 def matches(pattern: str, leaf: str) -> bool:
