@@ -387,3 +387,17 @@ def test_a_state_of_another_chain_is_refused(tmp_path):
     other = fds.chain(fds.lora(rank=2, alpha=99, targets="*.q_proj"), fds.shard(axis()))(program)
     with pytest.raises(ValueError, match="saved under"):
         fds.load_state(tmp_path, fds.train_step(other, step.tx))
+
+
+# --- speed ---
+
+
+def test_a_step_takes_all_squared_norms_at_once():
+    """A stack of one scalar for each leaf made Inductor compile, and then run, a slow loop for every one of them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    program, params = fds.functionalize(stack(nn.Linear(3, 2), nn.Linear(2, 1)))
+    step = fds.train_step(program, fds.optim.sgd(0.1), loss=square)
+    graph = make_fx(step.region)(fds.tree.flat(step.init(params)), {"x": torch.ones(2, 3)}).graph
+    calls = [n.target for n in graph.nodes if n.op == "call_function"]
+    assert calls.count(torch.ops.fds.square_sums.default) == 1 and torch.ops.aten.stack.default not in calls
