@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 try:
     from torch._C import _AutoDispatchBelowAutograd
-    from torch._C._functorch import peek_interpreter_stack
+    from torch._C._functorch import TransformType, peek_interpreter_stack
     from torch._functorch.utils import enable_single_level_autograd_function
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+    from torch.autograd import forward_ad
     from torch.autograd.forward_ad import _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
 except ImportError as error:
@@ -60,48 +62,99 @@ def transient_buffers(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
-def linear_operator(name: str, schema: str, *, primitive: Callable[..., Tensor], fake: Callable[..., Tensor], transpose: Callable[..., Tensor], batch: Callable[..., Tensor]) -> Callable[..., Tensor]:  # fmt: skip
-    """Define operator ``fds::name`` of one tensor, linear in it, that works under every transformation of torch.
+def operator(
+    name: str,
+    schema: str,
+    *,
+    primitive: Callable[..., Any],
+    fake: Callable[..., Any],
+    batch: Callable[..., Any],
+    save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    jvp: Callable[..., Any] | None = None,
+    composite: Callable[..., Any] | None = None,
+    inline: bool = False,
+) -> Any:
+    """Define operator ``fds::name``, that works under every transformation of torch.
 
-    Its derivative is itself, its transpose is `transpose(cotangent, *constants)`, so that nothing is saved. `primitive` runs on real
-    tensors, `fake` gives the shape, `batch(x, *constants)` handles a leading batch dimension. `schema` names the constants after ``Tensor x``.
+    * `primitive(*args)` runs on real tensors, `fake(*args)` gives shapes and dtypes, ``batch(info, dims, *args)`` is the vmap rule.
+    * ``save(ctx, args, out)`` and ``backward(ctx, *cotangents)`` are its derivative; without them it has none.
+    * ``jvp(ctx, *tangents)`` is a closed form in forward mode: it cannot call a transformation, since the level that it runs in is busy. In
+      its place ``composite(*args)`` takes the operator's place there, made of operators that torch can differentiate.
+    * `inline`: a compiler sees what `primitive` does, and fuses it; else it is one opaque call.
 
     It holds under eager autograd, `torch.func` in any nesting, `make_fx`, and `torch.compile` (strict and non-strict): the rule sits on the
     Autograd key as a single-level Function, which each functorch level and AOTAutograd dispatch to in turn. A plain `autograd.Function` is
     dropped silently by a strict compile of `torch.func.grad` in torch 2.13.
     """
-    if name in _OPERATORS:
-        return _OPERATORS[name]
-    _LIBRARY.define(f"{name}({schema}) -> Tensor")
+    _LIBRARY.define(f"{name}{schema}")
     op = getattr(torch.ops.fds, name).default
     _LIBRARY.impl(name, primitive, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fds::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"fds::{name}", batch, lib=_LIBRARY)
+    if inline:
 
+        def inlined(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with mode:
+                return primitive(*args, **(kwargs or {}))
+
+        torch.library.register_torch_dispatch(f"fds::{name}", FunctionalTensorMode, inlined, lib=_LIBRARY)
+    if save is not None:
+        _on_autograd(name, op, save, backward, jvp, composite)
+    return op
+
+
+def _with_tangents() -> bool:
+    """Whether this call runs in forward mode, by `torch.func.jvp` or by dual numbers."""
+    level = peek_interpreter_stack()
+    return forward_ad._current_level >= 0 if level is None else level.key() == TransformType.Jvp
+
+
+def _on_autograd(name: str, op: Any, save: Any, backward: Any, jvp: Any, composite: Any) -> None:
     class Rule(_SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, *constants: Any) -> Tensor:
+        def forward(ctx: Any, *args: Any) -> Any:
             # Without these two switches the gradients of nested transformations are zero.
             with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
-                out = op(x, *constants)
-            ctx.constants = constants
+                out = op(*args)
+            save(ctx, args, out)
             return out
 
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return (transpose(g, *ctx.constants), *[None] * len(ctx.constants))
+    Rule.backward = staticmethod(backward)
+    if jvp is not None:
+        Rule.jvp = staticmethod(jvp)
 
-        @staticmethod
-        def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return op(tangent, *ctx.constants)
-
-    def on_autograd(x: Tensor, *constants: Any) -> Tensor:
+    def rule(*args: Any) -> Any:
+        if composite is not None and _with_tangents():
+            return composite(*args)
         with enable_single_level_autograd_function():
-            return Rule.apply(x, *constants)  # pyright: ignore[reportAttributeAccessIssue]
+            return Rule.apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+    _LIBRARY.impl(name, rule, "Autograd")
+
+
+def linear_operator(name: str, schema: str, *, primitive: Callable[..., Tensor], fake: Callable[..., Tensor], transpose: Callable[..., Tensor], batch: Callable[..., Tensor]) -> Callable[..., Tensor]:  # fmt: skip
+    """Define operator ``fds::name`` of one tensor, linear in it, by `operator`.
+
+    Its derivative is itself, its transpose is `transpose(cotangent, *constants)`, so that nothing is saved. `batch(x, *constants)` handles
+    a leading batch dimension. `schema` names the constants after ``Tensor x``.
+    """
+    if name in _OPERATORS:
+        return _OPERATORS[name]
+
+    def save(ctx: Any, args: tuple[Any, ...], out: Tensor) -> None:
+        ctx.constants = args[1:]
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return (transpose(g, *ctx.constants), *[None] * len(ctx.constants))
+
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _OPERATORS[name](tangent, *ctx.constants)
 
     def on_vmap(info: Any, dims: tuple[int | None, ...], x: Tensor, *constants: Any) -> tuple[Tensor, int]:
         return batch(x.movedim(dims[0] or 0, 0), *constants), 0
 
-    _LIBRARY.impl(name, on_autograd, "Autograd")
-    torch.library.register_vmap(f"fds::{name}", on_vmap, lib=_LIBRARY)
+    schema = f"({schema}) -> Tensor"
+    op = operator(name, schema, primitive=primitive, fake=fake, batch=on_vmap, save=save, backward=backward, jvp=jvp)
     _OPERATORS[name] = op
     return op

@@ -1,0 +1,29 @@
+"""Triton, where it is installed (Linux): its names, or stand-ins that let a kernel's module be imported without it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Callable[[Any], Any] = triton.jit
+except ImportError:  # no kernel can be launched then, and none has to be: there is no CUDA device
+    triton = None
+
+    class tl:  # type: ignore[no-redef]
+        constexpr = Any
+
+    def jit(f: Any) -> Any:  # type: ignore[no-redef]
+        return f
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run `kernel` over `grid`; a compiler sees the launch as a node of its graph. An empty grid is nothing to do."""
+    if all(n > 0 for n in grid):
+        torch.library.wrap_triton(kernel)[grid](*args, **meta)
+
+
+__all__ = ["jit", "launch", "tl", "triton"]
