@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 import re
-import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from typing import Any
 from common import LENGTH, ROWS, SIZES, machine, operations, versions
 from fleet import HERE, ContenderError, Team, busy, caches, scrubbed
 
-BUILT = Path(tempfile.gettempdir()) / f"bench-operators-{os.getpid()}"  # DeepSpeed's, built by its first contender
+BUILT = tempfile.TemporaryDirectory(prefix="bench-operators-")  # DeepSpeed's, built by its first contender
 RESERVE = (
     5 * 2**30
 )  # bytes that must be free before another contender starts: the largest, two ranks, while it compiles
@@ -117,7 +117,7 @@ class Contender:
     def _build(self) -> float:
         """New processes; seconds until they have built the contender."""
         job = {"size": self.group.size, "dtype": self.group.dtype, "options": self.entry.options}
-        env = caches(Path(self.caches.name), BUILT)
+        env = caches(Path(self.caches.name), Path(BUILT.name))
         if self.entry.peer:
             env |= {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(self.python).parent}{os.pathsep}{os.environ['PATH']}"}
         g = self.group
@@ -290,6 +290,7 @@ def _selected(args: argparse.Namespace) -> list[Group]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and ranks are cleaned up
     args = _arguments()
     groups = _selected(args)
     rounds, steps = args.rounds or (2 if args.quick else 5), args.steps or (1 if args.quick else 3)
@@ -313,7 +314,6 @@ def main() -> None:
         out.write_text(
             json.dumps(result, indent=1) + "\n"
         )  # after each group: hours of measuring outlive a later failure
-    shutil.rmtree(BUILT, ignore_errors=True)
     _say(f"written: {out}")
 
 

@@ -36,6 +36,11 @@ def nonstrict_trace(f: Callable[..., Any]) -> Callable[..., Any]:
     return torch._dynamo.nonstrict_trace(f)
 
 
+def each_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The L2 norm of each tensor, in float32, by one kernel for many of them on CUDA."""
+    return torch._foreach_norm(tensors, dtype=torch.float32)
+
+
 def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``module.named_modules()``, typed."""
     return module.named_modules()
@@ -102,6 +107,14 @@ def operator(
     if save is not None:
         _on_autograd(name, op, save, backward, jvp, composite)
     return op
+
+
+def opaque_operator(name: str, schema: str, primitive: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define operator ``fds::name`` without derivative or vmap rule, that a compiler calls as it is."""
+    _LIBRARY.define(f"{name}{schema}")
+    _LIBRARY.impl(name, primitive, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fds::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fds, name).default
 
 
 def _with_tangents() -> bool:

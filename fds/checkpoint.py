@@ -1,7 +1,9 @@
 """Files: Hugging Face safetensors, PEFT adapters, and the state of a run.
 
-Nothing is ever unpickled. Everything is written aside, flushed to the disk, and renamed; the name that readers look for changes last, so
-that a kill at any moment leaves the old files or the new.
+Nothing is ever unpickled. Every file is written aside, flushed to the disk, and renamed, so that a kill at any moment leaves the old file
+or the new. Where files belong together, one rename decides which count: of the manifest, of the index, of the single file of weights. The
+`config.json` of a model and the `adapter_config.json` of adapters are files of their own beside them, as their readers want it; they
+change between two saves only if the model does.
 """
 
 import json
@@ -324,24 +326,28 @@ def save_state(directory: Directory, step: TrainStep, state: TrainState) -> None
     name = f"state-{stamp}-rank{_rank()}.safetensors"
     with _together(f"save_state({folder})"):
         _write_tensors(folder / name, dict(_paths(state)))
-    if _rank() == 0:
-        files = [f"state-{stamp}-rank{r}.safetensors" for r in range(_ranks())]
-        sizes = {f: (folder / f).stat().st_size for f in files}
-        _write_json(
-            folder / "state.json",
-            {
-                "format": 1,
-                "ranks": _ranks(),
-                "step": int(state.step),
-                "program": [repr(t) for t in step.program.history],
-                "accelerator": [k for k, v in _paths(state) if v.device.type != "cpu"],
-                "files": sizes,
-            },
-        )
-        for f in folder.glob("state-*.safetensors"):
-            if f.name not in sizes:
-                f.unlink(missing_ok=True)
-    _barrier()
+    with _together(f"save_state({folder})"):
+        if _rank() == 0:
+            _publish_state(folder, stamp, step, state)
+
+
+def _publish_state(folder: Path, stamp: str, step: TrainStep, state: TrainState) -> None:
+    files = [f"state-{stamp}-rank{r}.safetensors" for r in range(_ranks())]
+    sizes = {f: (folder / f).stat().st_size for f in files}
+    _write_json(
+        folder / "state.json",
+        {
+            "format": 1,
+            "ranks": _ranks(),
+            "step": int(state.step),
+            "program": [repr(t) for t in step.program.history],
+            "accelerator": [k for k, v in _paths(state) if v.device.type != "cpu"],
+            "files": sizes,
+        },
+    )
+    for f in folder.glob("state-*.safetensors"):
+        if f.name not in sizes:
+            f.unlink(missing_ok=True)
 
 
 def load_state(directory: Directory, step: TrainStep) -> TrainState:

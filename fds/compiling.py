@@ -100,8 +100,7 @@ class CompiledStep:
     def __call__(self, state: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
         if torch.compiler.is_compiling():
             return self.step(state, batch)
-        self.step.check(state, batch)
-        leaves = tree.flat_as(self.step.spec, state, what="state")
+        leaves: list[Tensor] = self.step.check(state, batch)
         new, metrics = self._compiled(leaves, batch)
         if self.donate:
             new = [t.detach() for t in leaves]

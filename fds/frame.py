@@ -18,6 +18,13 @@ Apply = Callable[..., Any]
 Wrap = Callable[[Apply], Apply]
 
 
+@attrs.define
+class Draws:
+    """How many random numbers the running site has asked for."""
+
+    count: int = 0
+
+
 @attrs.frozen
 class Head:
     """What the output layer was called with: a loss may need no more of it than that."""
@@ -43,6 +50,7 @@ class Frame:
     block: Tensor | int = 0  # which block of rows of the global batch this call sees (rank, microbatch)
     salt: int = 0  # tells the sites and their repeated calls apart
     calls: dict[str, int] = attrs.Factory(dict[str, int])  # how often each site was called in this call of the parent
+    draws: Draws = attrs.Factory(Draws)  # of this call of the site, wrapped modules in it included
     pending: dict[str, Params] = attrs.Factory(dict[str, Params])  # buffers updated so far in this call, by site
     training: bool = False  # the mode of the module that is running
     heads: list[Head] | None = None  # when somebody wants the output layer's arguments instead of logits

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fds import tree
 from fds._torch import named_modules, registries, relist_weights, transient_buffers, writes_statistics
-from fds.frame import FRAME, Head, scoped
+from fds.frame import FRAME, Draws, Head, scoped
 from fds.program import Mutated, Program, assemble
 from fds.randomness import randomness
 from fds.tree import Params
@@ -277,7 +277,7 @@ class ModuleCore:
             kwargs["_borrowed"] = borrowed
         if path in frame.pending:
             stored = {**stored, **frame.pending[path]}
-        with scoped(salt=zlib.crc32(f"{path}#{frame.calls[path]}".encode()), calls={}):
+        with scoped(salt=zlib.crc32(f"{path}#{frame.calls[path]}".encode()), calls={}, draws=Draws()):
             out = apply(stored, *args, **kwargs)
         if not isinstance(out, Mutated):
             return out
@@ -296,8 +296,7 @@ class ModuleCore:
         apply = call
         for wrap in frame.wraps[path]:
             apply = wrap(apply)
-        with scoped(salt=zlib.crc32(f"{path}#{frame.salt}".encode())):
-            out = apply(leaves, *args, **kwargs)
+        out = apply(leaves, *args, **kwargs)
         if isinstance(out, Mutated):
             for s in slots:
                 if s.leaf in out.updates:

@@ -12,7 +12,7 @@ import attrs
 from torch import Tensor
 
 from fds import tree
-from fds.frame import Apply, scoped
+from fds.frame import Apply, Draws, scoped
 from fds.tree import Params, Stored
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def assemble(
     def apply(stored: Stored, *args: Any, **kwargs: Any) -> Any:
         check_stored(stored, spec)
         bound = {s: (sites[s].apply, stored[s]) for s in names if s}
-        with scoped(sites=bound, calls={}, pending={}, wraps={}) as frame:
+        with scoped(sites=bound, calls={}, draws=Draws(), pending={}, wraps={}) as frame:
             out = root.apply(stored[""], *args, **kwargs)
         out, pending = (
             (out.out, {**frame.pending, "": out.updates}) if isinstance(out, Mutated) else (out, frame.pending)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fds.frame import FRAME, Frame
+from fds.frame import FRAME
 
 _MASK = 0xFFFFFFFF
 # A 32-bit integer hash in int64 lanes: two xor-shift-multiply rounds. The multiplier is below 2^31 so that no product overflows 63 bits.
@@ -53,19 +53,12 @@ def uniform(
 class _Seeded(TorchFunctionMode):
     """Answers the random functions that models use, from the frame's seed; refuses those that it knows and cannot seed."""
 
-    def __init__(self, frame: Frame) -> None:
-        super().__init__()
-        self.frame, self.draws = frame, 0
-
     def draw(self, shape: torch.Size | list[int], device: torch.device, *, rows: bool = True) -> Tensor:
-        self.draws += 1
-        assert self.frame.seed is not None
-        return uniform(
-            fold(self.frame.seed, self.frame.salt, self.draws),
-            shape,
-            block=self.frame.block if rows else 0,
-            device=device,
-        )
+        frame = FRAME.get()
+        assert frame.seed is not None
+        frame.draws.count += 1
+        seed = fold(frame.seed, frame.salt, frame.draws.count)
+        return uniform(seed, shape, block=frame.block if rows else 0, device=device)
 
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:
@@ -104,8 +97,8 @@ class _Seeded(TorchFunctionMode):
         name = "" if _inner_dropout(func, args, kwargs) else _RANDOM.get(func)
         if name is None:
             return func(*args, **kwargs)
-        if self.frame.seed is None:
-            return _unseeded(func, args, kwargs, self.frame.recomputed)
+        if FRAME.get().seed is None:
+            return _unseeded(func, args, kwargs, FRAME.get().recomputed)
         if name == "":
             raise ValueError(
                 f"{getattr(func, '__name__', func)}: no seeded form of this random function; call the program without a seed (and without checkpoint), or use dropout"
@@ -153,7 +146,7 @@ def randomness(training: bool) -> Iterator[None]:
     if not training or (frame.seed is None and not frame.recomputed):
         yield
         return
-    with _Seeded(frame):
+    with _Seeded():
         yield
 
 
@@ -162,4 +155,5 @@ def dropout(x: Tensor, p: float) -> Tensor:
     frame = FRAME.get()
     if not frame.training or p == 0.0:
         return x
-    return F.dropout(x, p, True)
+    with randomness(True):  # in recompute no module is running that would have turned it on
+        return F.dropout(x, p, True)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fds import tree
 from fds._torch import inside_functorch
-from fds.frame import FRAME, Apply, scoped
+from fds.frame import FRAME, Apply, Draws, Frame, scoped
 from fds.transform import Transform, around, direct
 
 Policy = str | Callable[[Any], bool] | None
@@ -83,7 +83,8 @@ class _Call:
     where: list[int]
     keep: Callable[[Any], bool] | None
     functorch: bool
-    frame: Any = attrs.field(factory=lambda: attrs.evolve(FRAME.get(), recomputed=True))
+    frame: Frame = attrs.field(factory=lambda: attrs.evolve(FRAME.get(), recomputed=True))
+    drawn: int = attrs.field(factory=lambda: FRAME.get().draws.count)  # before the call: every run of it begins there
     outputs: list[Any] = attrs.field(factory=list[Any])
     out_spec: Any = None
     kept: list[Any] = attrs.field(factory=list[Any])  # results that the policy keeps, in the order of their operators
@@ -96,8 +97,9 @@ class _Call:
         for i, t in zip(self.where, tensors, strict=True):
             full[i] = t
         args, kwargs = pytree.tree_unflatten(full, self.spec)
-        with scoped(self.frame):
+        with scoped(self.frame, draws=Draws(self.drawn)) as frame:
             out, self.out_spec = pytree.tree_flatten(self.apply(*args, **kwargs))
+        self.frame.draws.count = frame.draws.count  # what comes after it in the site goes on from here
         self.outputs = [_TENSOR if isinstance(o, Tensor) else o for o in out]  # tensors here would outlive the call
         return tuple(o for o in out if isinstance(o, Tensor))
 

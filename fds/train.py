@@ -54,13 +54,8 @@ class TrainStep:
             state, metrics = _step(self, tree.rebuild(self.spec, iter(leaves)), batch)
             return tree.flat(state), metrics
 
-        object.__setattr__(self, "region", traced(lowered(region)))
+        object.__setattr__(self, "region", traced(region))
         object.__setattr__(self, "spec", self._state(self.program.spec))
-
-    def pure(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        """The step as one traced region, without checks."""
-        leaves, metrics = self.region(tree.flat_as(self.spec, state, what="state"), batch)
-        return tree.rebuild(self.spec, iter(leaves)), metrics
 
     def init(self, params: Params) -> TrainState:
         """The state before the first step, from logical parameters. Its tensors are its own: `params` may be thrown away or kept."""
@@ -78,24 +73,25 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         if torch.compiler.is_compiling():
-            return self.pure(state, batch)
-        self.check(state, batch)
-        return self.report(*self.pure(state, batch))
+            new, metrics = self.region(tree.flat_as(self.spec, state, what="state"), batch)
+            return tree.rebuild(self.spec, iter(new)), metrics
+        new, metrics = lowered(self.region)(self.check(state, batch), batch)
+        return self.report(tree.rebuild(self.spec, iter(new)), metrics)
 
     @property
     def data_axes(self) -> tuple[Axis, ...]:
         """The axes over which ranks see different rows: the program's, and that of a sharded optimizer."""
         return tuple(dict.fromkeys([*self.program.data_axes, *([self.tx.axis] if self.tx.axis is not None else [])]))
 
-    def check(self, state: Any, batch: Mapping[str, Any]) -> None:
-        """Raise `ValueError` for a state of another program, a donated state, or a batch that does not divide."""
+    def check(self, state: Any, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The leaves of `state`. `ValueError` for a state of another program, a donated state, or a batch that does not divide."""
         if not isinstance(state, TrainState):
             raise ValueError(
                 f"train step: state is {type(state).__name__}, required the TrainState that step.init(params) or the last step returned"
             )
         tree.check_like(state.params, self.program.spec, what="the state")
-        rest = tree.flat_as(self.spec[1:], state[1:], what="state")
-        for spec, leaf in zip(tree.flat(self.spec[1:]), rest, strict=True):
+        leaves, rest = tree.flat_as(self.spec, state, what="state"), tree.flat(self.spec[1:])
+        for spec, leaf in zip(rest, leaves[-len(rest) :], strict=True):
             tree.check_leaf("a leaf of the optimizer's state", leaf, spec, what="the state")
         for name, x in batch.items():
             if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % self.microbatches or not x.shape[0]:
@@ -103,6 +99,7 @@ class TrainStep:
                 raise ValueError(
                     f"batch[{name!r}]: {got} do not divide into {self.microbatches} microbatches; change the batch or microbatches="
                 )
+        return leaves
 
     def report(self, state: TrainState, metrics: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """`state` and `metrics` as they are; with ``on_nonfinite="raise"``, an error for a step that was skipped."""
@@ -128,7 +125,8 @@ def train_step(
     Args:
         program: what to train, with its transformations; `tx` updates its trainable leaves.
         loss: ``loss(program, stored, batch) -> scalar`` or ``(scalar, dict of 0-D metrics)``. A mean over rows is averaged over microbatches
-            and ranks; a loss with a `weight(batch)`, as `losses.causal_lm` has, gives the exact mean over the global batch's terms.
+            and ranks; a loss with a `weight(batch)`, as `losses.causal_lm` has, gives the exact mean over the global batch's terms. Its
+            further metrics are averaged in the same way.
         microbatches: parts that a batch's rows are cut into; gradients are summed over them.
         on_nonfinite: "skip" a step whose loss or gradient is not finite (counted in ``metrics["skipped"]``, parameters and optimizer
             unchanged), or "raise" `NonFiniteError`.
@@ -156,15 +154,15 @@ def train_step(
 
 def _step(step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
     program, tx = step.program, step.tx
-    value, grads, updates, aux = _accumulate(step, state, batch)
-    grads = tx.reduce(grads)
+    value, local, updates, aux = _accumulate(step, state, batch)
+    grads = tx.reduce(local)
     squares = _squares(step, grads)
-    norm = _norm(squares)
+    norm = squares[1].sum().sqrt()
     ok = torch.isfinite(value) & torch.isfinite(norm)
     old = program.trainable(state.params)
 
     def norm_of(g: Any) -> Tensor:  # what a chain has scaled before has another norm
-        return norm if g is grads else _norm(_squares(step, g))
+        return norm if g is grads else _squares(step, g)[1].sum().sqrt()
 
     change, optimizer = tx.update(grads, state.optimizer, old, norm=norm_of)
     new = apply_updates(old, change)
@@ -181,20 +179,17 @@ def _step(step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState,
     state = TrainState(
         params, tree.map(chosen, optimizer, state.optimizer), state.step + 1, state.rng.clone(), state.skipped + ~ok
     )
+    names, by_leaf = _by_leaf(step, local, squares)
     metrics: dict[str, Any] = {
         "loss": value,
         "grad_norm": norm,
         "skipped": state.skipped.clone(),
         "was_skipped": ~ok,
-        "nonfinite": {k: ~torch.isfinite(v) for k, v in squares.items()},
+        "nonfinite": dict(zip(names, (~torch.isfinite(by_leaf)).unbind(), strict=True)),
     }
     if taken := metrics.keys() & aux.keys():
         raise ValueError(f"train_step: the loss returned a metric {min(taken)!r}, a name of the step's own; rename it")
     return state, {**metrics, **aux}
-
-
-def _norm(squares: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(squares.values())).sum().sqrt()
 
 
 def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tensor, Stored, Stored, dict[str, Tensor]]:
@@ -213,7 +208,7 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
         g = step.program.trainable(g)  # frozen leaves' zeros take no memory until they are added
         grads = g if grads is None else tree.map(torch.add, grads, g)
         value, updates = value + v.float(), new or updates
-        aux = {k: aux.get(k, 0.0) + x / m for k, x in extra.items()}
+        aux = {k: aux.get(k, 0.0) + x * shares[i] for k, x in extra.items()}
     assert grads is not None
     return _mean(value, axes), grads, _mean(updates, axes), _mean(aux, axes)
 
@@ -254,21 +249,32 @@ def _mean(x: Any, axes: tuple[Axis, ...]) -> Any:
     return x
 
 
-def _squares(step: TrainStep, grads: Any) -> dict[str, Tensor]:
-    """The sum of squares of every gradient leaf, over all the ranks it is split over; one small reduction per set of axes."""
-    axis, sites = step.tx.axis, step.program.sites
-    leaves = tree.named(grads) if axis is None else dict(grads)
-    split = (
-        tree.named({s: {k: sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()})
-        if axis is None
-        else {}
-    )
-    over = {k: split.get(k, () if axis is None else (axis,)) for k in leaves}
-    out = {k: tree.square_sum([g]) for k, g in leaves.items()}
+def _squares(step: TrainStep, grads: Any) -> tuple[list[str], Tensor]:
+    """Names of the gradient's leaves, and the sum of squares of each, over all the ranks it is split over: [leaves] float32."""
+    if step.tx.axis is not None:
+        return _summed(grads, dict.fromkeys(grads, (step.tx.axis,)))
+    sites = step.program.sites
+    split = {s: {k: sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()}
+    return _summed(tree.named(grads), tree.named(split))
+
+
+def _by_leaf(step: TrainStep, local: Stored, squares: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
+    """`squares` under the names of leaves: a sharded optimizer has flat buffers, so there the ranks' own gradients are looked at."""
+    axis, leaves = step.tx.axis, tree.named(local)
+    return squares if axis is None else _summed(leaves, dict.fromkeys(leaves, (axis,)))
+
+
+def _summed(leaves: Mapping[str, Tensor], over: Mapping[str, tuple[Axis, ...]]) -> tuple[list[str], Tensor]:
+    """The sum of squares of every leaf, over its axes; one small reduction per set of axes.
+
+    One vector all the way: a stack of many scalars took Inductor a hundred seconds to compile (57 leaves, torch 2.13).
+    """
+    names: list[str] = []
+    sums: list[Tensor] = []
     for axes in dict.fromkeys(over.values()):
         keys = [k for k in leaves if over[k] == axes]
-        sums = torch.stack([out[k] for k in keys])
+        part = tree.square_sums([leaves[k] for k in keys])
         for a in axes:
-            sums = a.sum(sums)
-        out |= dict(zip(keys, sums.unbind(), strict=True))
-    return out
+            part = a.sum(part)
+        names, sums = names + keys, [*sums, part]
+    return names, torch.cat(sums)

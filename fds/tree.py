@@ -6,12 +6,14 @@ module names its leaves. `Stored` has one more level, the site: ``{"": {...}, "m
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, overload
 
 import optree
 import torch
 from torch import Tensor
+
+from fds._torch import each_norm, inside_functorch, opaque_operator
 
 Params = dict[str, Tensor]
 Stored = dict[str, dict[str, Tensor]]
@@ -127,8 +129,36 @@ def norm(tree: Any) -> Tensor:
 
 def square_sum(tensors: Iterable[Tensor]) -> Tensor:
     """Sum of the squares of all elements, accumulated in float32; a 0-D tensor (0 for no tensors)."""
-    parts = [t.float().square().sum() for t in tensors]
-    return torch.stack(parts).sum() if parts else torch.zeros(())
+    tensors = list(tensors)
+    return square_sums(tensors).sum() if tensors else torch.zeros(())
+
+
+def square_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of each tensor: [n] float32, on the first one's device.
+
+    One call for all of them, also in compiled code: a compiler would make a slow loop for each (14 ms for 6.5M elements in 57 leaves on a CPU,
+    where the library's dot products take 1.6).
+
+    >>> square_sums([torch.tensor([3.0, 4.0]), torch.zeros(0)])
+    tensor([25.,  0.])
+    """
+    if inside_functorch() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return torch.stack([t.float().square().sum().to(tensors[0].device) for t in tensors])
+    return _SQUARE_SUMS(list(tensors))
+
+
+def _square_sums(tensors: list[Tensor]) -> Tensor:
+    if all(t.is_cuda for t in tensors):
+        return torch.stack(each_norm(tensors)).square()
+    flat = [t.float().reshape(-1) for t in tensors]
+    return torch.stack([torch.dot(x, x).to(tensors[0].device) for x in flat])
+
+
+def _square_sums_shape(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty(len(tensors), dtype=torch.float32)
+
+
+_SQUARE_SUMS = opaque_operator("square_sums", "(Tensor[] tensors) -> Tensor", _square_sums, _square_sums_shape)
 
 
 def matches(pattern: str, leaf: str) -> bool:

@@ -146,6 +146,48 @@ def test_a_metric_does_not_hide_the_steps_own():
         step(step.init(params), {"x": torch.ones(4, 3)})
 
 
+def nonfinite_names():
+    """Rank 1 alone has a gradient that is not finite, of one leaf."""
+    program, params = fds.functionalize(stack(nn.Linear(3, 2), nn.Linear(2, 1)))
+    bad = float("nan") if axis().rank else 1.0
+
+    def loss(p, stored, batch):
+        return p(stored, batch["x"]).mean() + bad * stored[""]["1.bias"].sum()
+
+    step = fds.train_step(program, fds.optim.sharded(fds.optim.sgd(0.1), axis()), loss=loss)
+    _, metrics = step(step.init(params), {"x": torch.ones(2, 3)})
+    return {k: bool(v) for k, v in metrics["nonfinite"].items()}
+
+
+def test_a_sharded_optimizer_names_the_leaves_that_are_not_finite():
+    want = {"0.weight": False, "0.bias": False, "1.weight": False, "1.bias": True}
+    assert ranks.run(2, nonfinite_names) == [want, want]
+
+
+def test_metrics_weigh_as_the_loss_does():
+    program, params = fds.functionalize(zoo.build("llama"))
+    mask = (torch.arange(12) < torch.tensor([[12], [3], [7], [2]])).long()
+    rows = {"input_ids": zoo.batch("llama")["input_ids"], "attention_mask": mask}
+
+    def loss(p, stored, batch):
+        value = fds.losses.causal_lm(p, stored, batch)
+        return value, {"nats": value.detach()}
+
+    loss.weight = fds.losses.causal_lm.weight
+    step = fds.train_step(program, fds.optim.sgd(0.1), loss=loss, microbatches=4)
+    _, metrics = step(step.init(params), rows)
+    assert float(metrics["nats"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+
+
+def test_hyperparameters_meet_parameters_on_every_device():
+    params = {"away": torch.zeros(2, device="meta"), "here": torch.zeros(2)}
+    for tx in (fds.optim.adamw(0.1), fds.optim.sgd(0.1, momentum=0.9), fds.optim.clip_by_global_norm(1.0)):
+        updates, _ = tx.update(
+            {k: torch.ones_like(v) for k, v in params.items()}, tx.init(params), params, norm=lambda g: torch.ones(())
+        )
+        assert not updates["here"].is_meta and updates["away"].is_meta
+
+
 # --- randomness ---
 
 
@@ -197,6 +239,64 @@ def test_rows_are_dropped_by_their_place_in_the_global_batch():
         with scoped(block=block):
             halves.append(fds.with_seed(program)(torch.tensor(3), {"": {}}, torch.ones(16, 1)))
     assert torch.equal(torch.cat(halves), whole) and not torch.equal(*halves)
+
+
+class Block(nn.Module):
+    """Draws before, in and after a part that it calls twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.ff = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return F.dropout(self.ff(self.ff(F.dropout(x, 0.5))), 0.5)
+
+
+def seeded_gradient(program, params, x):
+    run = fds.value_and_grad(lambda s: fds.with_seed(program)(torch.tensor(3), s, x).square().sum())
+    value, grads = run(program.place(params))
+    return value, program.restore(grads)
+
+
+@pytest.mark.parametrize("pattern", ["*.ff", "*.ff.1", "*.ff.*", "?"])
+def test_a_wrapped_module_draws_what_it_drew_before(pattern):
+    """Its masks were others than without the wrapper, and the same in every call."""
+    program, params = fds.functionalize(stack(Block(), Block()), sites="?")
+    x = torch.randn(4, 8)
+    value, grads = seeded_gradient(program, params, x)
+    for wrapped in (fds.at(pattern, fds.checkpoint()), fds.at(pattern, fds.around(lambda apply: apply, name="same"))):
+        got, got_grads = seeded_gradient(wrapped(program), params, x)
+        assert torch.equal(got, value) and all(torch.equal(got_grads[k], g) for k, g in grads.items())
+
+
+def test_calls_of_a_wrapped_module_have_masks_of_their_own():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return torch.stack([self.drop(x), self.drop(x)])
+
+    program, _ = fds.functionalize(stack(Twice()), sites="0")
+    wrapped = fds.at("0.drop", fds.checkpoint())(program)
+    first, second = fds.with_seed(wrapped)(torch.tensor(3), wrapped.place({}), torch.ones(64))
+    assert not torch.equal(first, second)
+
+
+def test_recompute_of_an_adapted_layer_sees_the_adapters_mask():
+    """In backward it drew from torch's generator."""
+    program, params = fds.functionalize(stack(Block(), Block()), sites="?")
+    plain = fds.lora(program, rank=2, targets="*.ff.0", dropout=0.5)
+    stored = fds.tree.map(lambda t: torch.full_like(t, 0.1) if t.shape[-1] == 2 else t, plain.place(params))
+    wrapped, x = fds.at("*.ff.0", fds.checkpoint())(plain), torch.randn(4, 8)
+
+    def gradient(p):
+        return fds.value_and_grad(lambda s: fds.with_seed(p)(torch.tensor(3), s, x).square().sum(), wrt=p)(stored)
+
+    (value, grads), (want, want_grads) = gradient(wrapped), gradient(plain)
+    assert torch.equal(value, want)
+    assert all(torch.equal(a, b) for a, b in zip(fds.tree.leaves(grads), fds.tree.leaves(want_grads), strict=True))
 
 
 # --- transformations that said yes and did nothing ---
@@ -258,6 +358,26 @@ def test_one_ranks_failure_is_everybodys(tmp_path):
     assert "rank 1 failed" in first and "truncated" in second
 
 
+def cannot_publish(directory):
+    """Something on rank 0 is in the way of the manifest."""
+    from pathlib import Path
+
+    from test_checkpoint import stepper
+
+    step, params = stepper()
+    if axis().rank == 0:
+        (Path(directory) / "state.json" / "in the way").mkdir(parents=True)
+    try:
+        fds.save_state(directory, step, step.init(params))
+    except (OSError, ValueError) as error:
+        return type(error).__name__
+    return "saved"
+
+
+def test_a_manifest_that_cannot_be_written_is_everybodys_failure(tmp_path):
+    assert ranks.run(2, cannot_publish, str(tmp_path), timeout=60) == ["IsADirectoryError", "ValueError"]
+
+
 def test_a_state_of_another_chain_is_refused(tmp_path):
     from test_checkpoint import stepper
 
@@ -267,3 +387,17 @@ def test_a_state_of_another_chain_is_refused(tmp_path):
     other = fds.chain(fds.lora(rank=2, alpha=99, targets="*.q_proj"), fds.shard(axis()))(program)
     with pytest.raises(ValueError, match="saved under"):
         fds.load_state(tmp_path, fds.train_step(other, step.tx))
+
+
+# --- speed ---
+
+
+def test_a_step_takes_all_squared_norms_at_once():
+    """A stack of one scalar for each leaf made Inductor compile, and then run, a slow loop for every one of them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    program, params = fds.functionalize(stack(nn.Linear(3, 2), nn.Linear(2, 1)))
+    step = fds.train_step(program, fds.optim.sgd(0.1), loss=square)
+    graph = make_fx(step.region)(fds.tree.flat(step.init(params)), {"x": torch.ones(2, 3)}).graph
+    calls = [n.target for n in graph.nodes if n.op == "call_function"]
+    assert calls.count(torch.ops.fds.square_sums.default) == 1 and torch.ops.aten.stack.default not in calls

@@ -19,9 +19,14 @@ class RuleState(NamedTuple):
     hyper: Hyper
 
 
+def _home(params: Any) -> torch.device:
+    """The device of the parameters; the host where they are on several: a number there meets tensors of every device."""
+    devices = {x.device for x in tree.leaves(params)}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+
 def _count(params: Any) -> Tensor:
-    device = next((x.device for x in tree.leaves(params)), None)
-    return torch.zeros((), dtype=torch.int64, device=device)
+    return torch.zeros((), dtype=torch.int64, device=_home(params))
 
 
 def _moment(params: Any) -> Any:
@@ -35,8 +40,7 @@ def _rate(rate: Rate, state: RuleState) -> Tensor:
 
 def _to(hyper: Hyper, params: Any) -> Hyper:
     """Hyperparameters beside the parameters."""
-    device = next((x.device for x in tree.leaves(params)), None)
-    return {k: v.to(device) for k, v in hyper.items()}
+    return {k: v.to(_home(params)) for k, v in hyper.items()}
 
 
 def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
