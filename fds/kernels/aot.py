@@ -14,6 +14,9 @@ from fds.kernels.triton_or_not import triton
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that one block may have
 
 
+_WIDE = r"ld\.global[\w.:]*\.(?:v[48]\.[bf]32|v2\.[bf]64)|cp\.async[\w.]*\.global[^;]*, (?:0x10|16)\b"
+
+
 @attrs.frozen
 class Compiled:
     """One configuration on one chip."""
@@ -48,7 +51,11 @@ def compiled(configured: Configured, chip: int = 90) -> Compiled:
 
     kernel, constants = configured.kernel, configured.constants
     names: list[str] = kernel.arg_names
-    aligned = [i for i, n in enumerate(names) if n not in constants and (configured.types[n].startswith("*") or n in configured.aligned)]
+    aligned = [
+        i
+        for i, n in enumerate(names)
+        if n not in constants and (configured.types[n].startswith("*") or n in configured.aligned)
+    ]
     source = ASTSource(
         fn=kernel,
         signature={n: "constexpr" if n in constants else configured.types[n] for n in names},
@@ -59,7 +66,14 @@ def compiled(configured: Configured, chip: int = 90) -> Compiled:
     binary = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     ptx: str = binary.asm["ptx"]
     use = _resources(binary.asm["cubin"])
-    return Compiled(use["REG"], use["STACK"], binary.metadata.shared, len(re.findall(r"ld\.global[\w.:]*\.v[48]\.b(?:32|64)|ld\.global[\w.:]*\.v2\.b64|cp\.async[\w.]*\.global[^;]*, 0?x?16", ptx)), len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)), ptx)
+    return Compiled(
+        registers=use["REG"],
+        spilled=use["STACK"],
+        shared=binary.metadata.shared,
+        wide_loads=len(re.findall(_WIDE, ptx)),
+        products=len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)),
+        ptx=ptx,
+    )
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -68,5 +82,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
     return {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", said)}

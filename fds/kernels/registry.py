@@ -10,7 +10,6 @@ from typing import Any
 
 import attrs
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fds import tree
@@ -65,7 +64,9 @@ class Configured:
 
     @property
     def label(self) -> str:
-        return f"{self.kernel.__name__}({', '.join(f'{k}={v}' for k, v in self.constants.items())}, warps={self.warps}, stages={self.stages})"
+        settings = {k: v for k, v in self.types.items() if v.startswith("*")} | self.constants
+        settings |= {"warps": self.warps, "stages": self.stages}
+        return f"{self.kernel.__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
 
 def define(
@@ -112,7 +113,15 @@ def define(
         raise ValueError(f"operator {name!r}: backward and differentiable belong together; give both, or neither")
     rules = None if backward is None else _Rules(name, reference, backward, backward_kernel, first_order)
     derivative = {"save": rules.save, "backward": rules.backward, "composite": reference} if rules else {}
-    run = operator(name, schema, primitive=primitive, fake=fake or reference, batch=batch or _one_by_one(name), inline=True, **derivative)
+    run = operator(
+        name,
+        schema,
+        primitive=primitive,
+        fake=fake or reference,
+        batch=batch or _one_by_one(name),
+        inline=True,
+        **derivative,
+    )
     if rules:
         rules.define_backward(run, differentiable)
     places = tuple(rules.places) if rules else ()
@@ -143,6 +152,7 @@ def find(name: str) -> Operator:
 
 
 # --- derivatives ---
+
 
 class _Rules:
     """First and second derivatives of an operator.
@@ -198,18 +208,28 @@ class _Rules:
 
     def shaped(self, found: Sequence[Tensor | None], parts: tuple[Any, Any, Any, Any]) -> Any:
         """Gradients as an operator returns them: fresh, and an empty tensor for each that nobody needs."""
-        _, inputs, outputs, needs = parts
-        like = [inputs[i] for i in self.places]
-        out = [
-            _nothing(outputs[0]) if not n or x is None else torch.zeros_like(x) if g is None else _fresh(g, x)
-            for g, x, n in zip(found, like, needs, strict=True)
-        ]
+        cotangents, inputs, outputs, needs = parts
+        taken: list[Any] = [*cotangents, *inputs, *outputs]
+        out: list[Tensor] = []
+        for i, g, n in zip(self.places, found, needs, strict=True):
+            x = inputs[i]
+            new = (
+                _nothing(outputs[0])
+                if not n or x is None
+                else torch.zeros_like(x)
+                if g is None
+                else _fresh(g, x, taken)
+            )
+            out.append(new)
+            taken.append(g)
         return tuple(out) if len(out) > 1 else out[0]
 
     def shapes(self, *args: Any) -> Any:
         parts = self.split(args)
         like = [parts[1][i] for i in self.places]
-        return self.shaped([None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like], parts)
+        return self.shaped(
+            [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like], parts
+        )
 
     # rules of the operator
 
@@ -225,7 +245,9 @@ class _Rules:
         for i, x in enumerate(inputs):
             if i not in self.places and isinstance(x, Tensor) and ctx.needs_input_grad[i]:
                 names = [self.op._schema.arguments[self.outputs + j].name for j in (i, *self.places)]
-                raise ValueError(f"{self.name}: {names[0]} takes no gradient (only {', '.join(names[1:])} do); detach it")
+                raise ValueError(
+                    f"{self.name}: {names[0]} takes no gradient (only {', '.join(names[1:])} do); detach it"
+                )
         needs = [bool(ctx.needs_input_grad[i]) and inputs[i] is not None for i in self.places]
         if self.first is not None and any(c is not None for i, c in enumerate(cotangents) if i not in self.first):
             found = self.by_reference(cotangents, inputs)
@@ -253,7 +275,11 @@ class _Rules:
 
     def second(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         args = _saved(ctx)
-        where = [i for i, a in enumerate(args[:-1]) if isinstance(a, Tensor) and a.is_floating_point() and ctx.needs_input_grad[i]]
+        where = [
+            i
+            for i, a in enumerate(args[:-1])
+            if isinstance(a, Tensor) and a.is_floating_point() and ctx.needs_input_grad[i]
+        ]
 
         def f(*tensors: Tensor) -> tuple[Tensor, ...]:
             full = list(args)
@@ -290,10 +316,11 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _fresh(g: Tensor, like: Tensor) -> Tensor:
-    """A gradient in the argument's dtype, contiguous, sharing no memory with anything."""
+def _fresh(g: Tensor, like: Tensor, taken: Sequence[Any]) -> Tensor:
+    """A gradient in the argument's dtype, contiguous, sharing no memory with what is there already."""
     g = g.to(like.dtype)
-    return g.clone(memory_format=torch.contiguous_format) if g._is_view() or not g.is_contiguous() else g
+    shared = g._is_view() or not g.is_contiguous() or any(g is t for t in taken)
+    return g.clone(memory_format=torch.contiguous_format) if shared else g
 
 
 def _declared(t: Any) -> str:
@@ -309,7 +336,10 @@ def _one_by_one(name: str) -> Callable[..., Any]:
 
     def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         op = getattr(torch.ops.fds, name).default
-        outs = [op(*[a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, dims, strict=True)]) for i in range(info.batch_size)]
+        outs = [
+            op(*[a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, dims, strict=True)])
+            for i in range(info.batch_size)
+        ]
         if isinstance(outs[0], Tensor):
             return torch.stack(outs), 0
         return tuple(torch.stack(parts) for parts in zip(*outs, strict=True)), (0,) * len(outs[0])

@@ -1,9 +1,13 @@
 """Triton, where it is installed (Linux): its names, or stand-ins that let a kernel's module be imported without it."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# Whether a * b + c is one instruction with one rounding: its default changes in Triton 3.10, and with it the last bit of results.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 try:
     import triton

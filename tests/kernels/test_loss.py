@@ -6,7 +6,6 @@ import ranks
 import torch
 import torch.nn.functional as F
 import zoo
-from torch import nn
 
 import fds
 from fds.kernels import cross_entropy, linear_cross_entropy, linear_log_probabilities
