@@ -57,7 +57,9 @@ def compare(op: Any, dtype: torch.dtype) -> str:
     bound = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
     for seed in range(3):
         args = op.example(seed, dtype)
-        wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() and op.differentiable else a for a in args)
+        wide = tuple(
+            a.double() if isinstance(a, Tensor) and a.is_floating_point() and op.differentiable else a for a in args
+        )
         got, want = flat(op(*moved(args))), flat(op.reference(*wide))
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
             g, w = g.cpu().double(), w.double()
@@ -139,7 +141,12 @@ def main() -> None:
     args = parser.parse_args()
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     device = torch.cuda.get_device_name() if CUDA else "no GPU"
-    result: dict[str, Any] = {"date": today, "device": device, "machine": machine(), "versions": versions("torch", "triton", "transformers", "fds")}
+    result: dict[str, Any] = {
+        "date": today,
+        "device": device,
+        "machine": machine(),
+        "versions": versions("torch", "triton", "transformers", "fds"),
+    }
     result["checks"] = checks()
     if CUDA:
         result["ceilings"] = ceilings()
@@ -164,7 +171,9 @@ def table(result: dict[str, Any]) -> None:
     top = result["ceilings"]
     print(f"copy {top['bytes_per_s'] / 1e12:.2f} TB/s, bfloat16 products {top['flops_per_s'] / 1e12:.0f} TFLOP/s")
     for row in result["speeds"]:
-        times = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float) and k not in ("floor_ms", "of_floor"))
+        times = "  ".join(
+            f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float) and k not in ("floor_ms", "of_floor")
+        )
         share = f"{row['of_floor']:.0%} of the floor's rate" if row.get("of_floor") else row.get("failed", "failed")
         print(f"{row['work']:58} floor {row.get('floor_ms', 0):.3f} ms  {times}  {share}")
 

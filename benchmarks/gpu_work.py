@@ -47,7 +47,9 @@ def head() -> tuple[dict[str, Callable[[], Any]], Floor]:
 
     contenders = {"fds": fused, "eager": plain, "compiled": plain_loss(hidden, weight, target, leaves)}
     liger = liger_head(hidden, weight, target, leaves)
-    return contenders | ({"liger": liger} if liger else {}), Floor(2 * (hidden.nbytes + weight.nbytes), 6 * rows * width * words)
+    return contenders | ({"liger": liger} if liger else {}), Floor(
+        2 * (hidden.nbytes + weight.nbytes), 6 * rows * width * words
+    )
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, target: Tensor, leaves: list[Tensor]) -> Callable[[], Any]:

@@ -15,11 +15,15 @@ def main() -> None:
     configured = [(op, c) for op in fds.kernels.operators().values() for c in op.kernels]
     jobs = [(c, chip) for _, c in configured for chip in SHARED]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = dict(zip(((c.label, chip) for c, chip in jobs), pool.map(lambda job: compiled(*job), jobs), strict=True))
+        results = dict(
+            zip(((c.label, chip) for c, chip in jobs), pool.map(lambda job: compiled(*job), jobs), strict=True)
+        )
     page = PAGE.read_text()
     before, after = page[: page.index(BEGIN)], page[page.index(END) :]
     PAGE.write_text("\n\n".join([before + BEGIN, _operators(), _configurations(configured, results), after]))
-    print(f"{PAGE.name}: {len(fds.kernels.operators())} operators, {len(configured)} configurations, {len(results)} compiled kernels")
+    print(
+        f"{PAGE.name}: {len(fds.kernels.operators())} operators, {len(configured)} configurations, {len(results)} compiled kernels"
+    )
 
 
 def _operators() -> str:
@@ -36,7 +40,9 @@ def _configurations(configured, results: dict[tuple[str, int], Compiled]) -> str
         faults = [f for chip, r in zip(SHARED, each, strict=True) for f in r.faults(c, chip)]
         sizes = " | ".join(f"{r.registers}, {r.shared / 1024:.1f}" for r in each)
         middle = results[c.label, 90]
-        rows.append(f"| `{_cell(c.label)}`{' **' + '; '.join(faults) + '**' if faults else ''} | {sizes} | {middle.wide_loads} | {middle.products} |")
+        rows.append(
+            f"| `{_cell(c.label)}`{' **' + '; '.join(faults) + '**' if faults else ''} | {sizes} | {middle.wide_loads} | {middle.products} |"
+        )
     return "\n".join(rows)
 
 

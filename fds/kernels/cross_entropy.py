@@ -87,7 +87,9 @@ def _rows(x: Tensor, target: Tensor, terms: Terms, gradients: Gradients | None, 
 
 def _aten(hidden: Tensor) -> _Arithmetic:
     wide = _wide(hidden.dtype)
-    return _Arithmetic(lambda t: t.to(wide), lambda h, w: h @ w.mT, _rows, lambda total, d, h: torch.addmm(total, d.mT, h))
+    return _Arithmetic(
+        lambda t: t.to(wide), lambda h, w: h @ w.mT, _rows, lambda total, d, h: torch.addmm(total, d.mT, h)
+    )
 
 
 # --- kernel ---
@@ -183,7 +185,15 @@ def _triton(hidden: Tensor) -> _Arithmetic:
 def _configurations() -> Iterator[Configured]:
     def configured(d: str, **flags: bool) -> Configured:
         types = dict.fromkeys(("X", "G_LOSS", "G_LSE", "G_ENTROPY", "LOSS", "LSE", "ENTROPY"), "*fp32")
-        types |= {"D": d, "TARGET": "*i64", "columns": "i32", "softcap": "fp32", "smoothing": "fp32", "z": "fp32", "ignore_index": "i32"}
+        types |= {
+            "D": d,
+            "TARGET": "*i64",
+            "columns": "i32",
+            "softcap": "fp32",
+            "smoothing": "fp32",
+            "z": "fp32",
+            "ignore_index": "i32",
+        }
         constants = dict.fromkeys(("SOFTCAP", "FORWARD", "GRADIENT", "HAS_LSE", "HAS_ENTROPY"), False) | flags
         return Configured(rows_kernel, types, {**constants, "BLOCK": _BLOCK}, warps=_WARPS, wide_loads=True)
 
@@ -273,10 +283,14 @@ def _sum(by: _Arithmetic, hidden: Tensor, weight: Tensor, bias: Tensor | None, t
     return total, *(hidden.new_empty(0) if g is None else g for g in out.results(hidden, weight, bias))
 
 
-def _sum_backward(cotangents: tuple[Tensor | None, ...], inputs: Any, outputs: tuple[Tensor, ...], needs: list[bool]) -> Any:
+def _sum_backward(
+    cotangents: tuple[Tensor | None, ...], inputs: Any, outputs: tuple[Tensor, ...], needs: list[bool]
+) -> Any:
     """The gradients are among the outputs."""
     g = cotangents[0]
-    return tuple(d * (0.0 if g is None else g.to(d.dtype)) if n else None for d, n in zip(outputs[1:], needs, strict=True))
+    return tuple(
+        d * (0.0 if g is None else g.to(d.dtype)) if n else None for d, n in zip(outputs[1:], needs, strict=True)
+    )
 
 
 # --- operators ---
@@ -285,13 +299,22 @@ def _sum_backward(cotangents: tuple[Tensor | None, ...], inputs: Any, outputs: t
 def _supports(hidden: Any, weight: Any, bias: Any, target: Any, *rest: Any) -> None:
     name = "linear_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"{name}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; required [rows, width] and [vocabulary, width]")
+        raise ValueError(
+            f"{name}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; required [rows, width] and [vocabulary, width]"
+        )
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(f"{name}: target {tuple(target.shape)} {target.dtype}, required {(len(hidden),)} torch.int64")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias {tuple(bias.shape)}, required {(len(weight),)}")
-    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name}: hidden {hidden.dtype}, weight {weight.dtype}; required one floating dtype of both; cast one of them")
+    if hidden.dtype != weight.dtype or hidden.dtype not in (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise ValueError(
+            f"{name}: hidden {hidden.dtype}, weight {weight.dtype}; required one floating dtype of both; cast one of them"
+        )
     if hidden.is_cuda and hidden.dtype == torch.float64:
         raise ValueError(f"{name}: float64 on CUDA; the nearest supported dtype is float32")
 
@@ -333,7 +356,12 @@ _weighted_sum = define(
     first_order=(0,),
     differentiable=("hidden", "weight", "bias"),
     supports=lambda h, w, b, t, scale, *rest: _supports(h, w, b, t),
-    example=lambda seed, dtype: (*(e := _example(seed, dtype))[:4], torch.linspace(0.1, 1.0, 5), *e[4:8], [True, True, True]),
+    example=lambda seed, dtype: (
+        *(e := _example(seed, dtype))[:4],
+        torch.linspace(0.1, 1.0, 5),
+        *e[4:8],
+        [True, True, True],
+    ),
 )
 
 
@@ -378,7 +406,13 @@ def linear_cross_entropy(
 
 
 def linear_log_probabilities(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `target` under ``softmax((hidden @ weight.T + bias) / temperature)``, and the entropies; both [...] float32.
 
@@ -398,6 +432,10 @@ def linear_log_probabilities(
 
 
 def _check(ignore_index: int, softcap: float, label_smoothing: float, z_loss: float) -> None:
-    for name, value, most in (("softcap", softcap, float("inf")), ("label_smoothing", label_smoothing, 1.0), ("z_loss", z_loss, float("inf"))):
+    for name, value, most in (
+        ("softcap", softcap, float("inf")),
+        ("label_smoothing", label_smoothing, 1.0),
+        ("z_loss", z_loss, float("inf")),
+    ):
         if not 0.0 <= value <= most:
             raise ValueError(f"linear_cross_entropy: {name}={value!r}, required 0 <= {name} <= {most}")
