@@ -92,7 +92,9 @@ def backwards(f: Callable[..., Tensor], g: Callable[..., Tensor], leaves: list[T
     for name, h in (("fds", f), ("eager", g), ("compiled", torch.compile(g))):
         out = h(*leaves)
         cotangent = torch.randn_like(out)
-        found[name] = lambda out=out, cotangent=cotangent: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+        found[name] = lambda out=out, cotangent=cotangent: torch.autograd.grad(
+            out, leaves, cotangent, retain_graph=True
+        )
     return found
 
 
@@ -163,7 +165,9 @@ def beside(tokens: int) -> tuple[dict[str, Callable[[], Any]], Floor]:
     def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return x @ w.T + 0.5 * ((x @ a.T) @ b.T)
 
-    return compared(partial(fds.kernels.lora_linear, scale=0.5), plain, (x, w, a, b)), Floor(w.nbytes + a.nbytes + b.nbytes)
+    return compared(partial(fds.kernels.lora_linear, scale=0.5), plain, (x, w, a, b)), Floor(
+        w.nbytes + a.nbytes + b.nbytes
+    )
 
 
 WORK: list[Work] = [

@@ -114,8 +114,8 @@ def rows_kernel(X, D, TARGET, G_LOSS, G_LSE, G_ENTROPY, LOSS, LSE, ENTROPY, colu
         old, p = tl.exp(most - shift), tl.exp(x - shift)
         total = total * old + tl.sum(p, 0)
         weighted = weighted * old + tl.sum(tl.where(p > 0, p * x, 0.0), 0)
-        plain += tl.sum(tl.where(at < columns, x, 0.0), 0)
-        chosen += tl.sum(tl.where(at == target, x, 0.0), 0)
+        plain += tl.sum(tl.where(at < columns, x, 0.0), 0)  # pyright: ignore[reportOperatorIssue]
+        chosen += tl.sum(tl.where(at == target, x, 0.0), 0)  # pyright: ignore[reportOperatorIssue]
         most = new
     lse = most + tl.log(total)
     entropy = lse - weighted / total

@@ -1,27 +1,31 @@
 """Triton, where it is installed (Linux): its names, or stand-ins that let a kernel's module be imported without it."""
 
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 # Whether a * b + c is one instruction with one rounding: its default changes in Triton 3.10, and with it the last bit of results.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-try:
+
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
+    from triton import jit
+else:
+    try:
+        import triton
+        import triton.language as tl
+        from triton import jit
+    except ImportError:  # no kernel can be launched then, and none has to be: there is no CUDA device
+        triton = None
 
-    jit: Callable[[Any], Any] = triton.jit
-except ImportError:  # no kernel can be launched then, and none has to be: there is no CUDA device
-    triton = None
+        class tl:
+            constexpr = Any
 
-    class tl:  # type: ignore[no-redef]
-        constexpr = Any
-
-    def jit(f: Any) -> Any:  # type: ignore[no-redef]
-        return f
+        def jit(f: Any) -> Any:
+            return f
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

@@ -39,6 +39,9 @@ def test_against_float64(rows, vocabulary, options, dtype):
     def weighed(out):
         return sum((k + 1) * (o * torch.linspace(0.5, 1.0, rows)).sum() for k, o in enumerate(out))
 
+    if not rows:
+        assert not any(g.any() for g in torch.autograd.grad(weighed(got), leaves))
+        return
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for a, b in zip(torch.autograd.grad(weighed(got), leaves), torch.autograd.grad(weighed(want), exact), strict=True):
         assert torch.allclose(a.double(), b, atol=tolerance, rtol=tolerance)
