@@ -195,7 +195,7 @@ def _configurations() -> Iterator[Configured]:
             "ignore_index": "i32",
         }
         constants = dict.fromkeys(("SOFTCAP", "FORWARD", "GRADIENT", "HAS_LSE", "HAS_ENTROPY"), False) | flags
-        return Configured(rows_kernel, types, {**constants, "BLOCK": _BLOCK}, warps=_WARPS, wide_loads=True)
+        return Configured(rows_kernel, types, {**constants, "BLOCK": _BLOCK}, warps=_WARPS, aligned=("columns",))
 
     yield configured("*fp32", FORWARD=True)
     for d in ("*bf16", "*fp16", "*fp32"):

@@ -24,7 +24,7 @@ def test_the_gate_sees_a_spill_and_a_missing_rounding():
 
     known = next(iter(CONFIGURED.values()))
     crowded = attrs.evolve(
-        known, constants={**known.constants, "BLOCK": 65536}, warps=1, contains=("cvt.rn.no_such_thing",)
+        known, constants={**known.constants, "BLOCK": 8192}, warps=1, contains=("cvt.rn.no_such_thing",)
     )
     faults = compiled(crowded, 90).faults(crowded, 90)
     assert any("spilled" in f for f in faults) and any("no_such_thing" in f for f in faults)

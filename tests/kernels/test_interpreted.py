@@ -11,7 +11,7 @@ HERE = Path(__file__).parent / "interpreted"
 def test_kernels_under_the_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE), "-q"],
+        [sys.executable, "-m", "pytest", str(HERE), "-o", "addopts=--import-mode=importlib"],
         env=env,
         cwd=HERE.parents[2],
         capture_output=True,
