@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format examples bench-train clean
+.PHONY: demo test lint format examples bench-train gpu kernels clean
 
 # torch first and by itself: the constraint then keeps every later install from looking for another build of it.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -35,10 +35,19 @@ examples: $(VENV)/ready
 	$(BIN)/python examples/differentiate.py
 	$(BIN)/python examples/write_a_lens.py
 	$(BIN)/python examples/per_sample_gradients.py
+	$(BIN)/python examples/write_an_operator.py
 
 bench-train: $(VENV)/ready .venv-peers/ready
 	$(BIN)/python benchmarks/train.py --peer-python .venv-peers/bin/python
 	$(BIN)/python benchmarks/report.py
+
+# Operators on this machine's GPU against their floors; shortened, and said so, where there is none. No set-up: a GPU machine has its own torch.
+gpu:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(PYTHON) benchmarks/gpu.py
+
+# The table in docs/kernels.md: every configuration compiled ahead of time.
+kernels: $(VENV)/ready
+	$(BIN)/python benchmarks/kernels.py
 
 # DeepSpeed, the peer, has an environment of its own.
 .venv-peers/ready: constraints.txt

@@ -26,6 +26,16 @@ class Draws:
 
 
 @attrs.frozen
+class Head:
+    """What the output layer was called with: a loss may need no more of it than that."""
+
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None
+    logits: Tensor  # what the layer gave back instead of logits: zeros that take no memory
+
+
+@attrs.frozen
 class Frame:
     """One call. Fields are read by `functional.py`; transformations change them through `scoped`."""
 
@@ -43,6 +53,7 @@ class Frame:
     draws: Draws = attrs.Factory(Draws)  # of this call of the site, wrapped modules in it included
     pending: dict[str, Params] = attrs.Factory(dict[str, Params])  # buffers updated so far in this call, by site
     training: bool = False  # the mode of the module that is running
+    heads: list[Head] | None = None  # when somebody wants the output layer's arguments instead of logits
     recomputed: bool = False  # inside recompute: unseeded randomness would differ in backward
     updates: dict[str, dict[str, Tensor]] | None = None  # updated buffers by site, when somebody collects them
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fds import tree
 from fds._torch import named_modules, registries, relist_weights, transient_buffers, writes_statistics
-from fds.frame import FRAME, Draws, scoped
+from fds.frame import FRAME, Draws, Head, scoped
 from fds.program import Mutated, Program, assemble
 from fds.randomness import randomness
 from fds.tree import Params
@@ -115,6 +115,23 @@ def _transposed(module: nn.Module, first: Mapping[str, str]) -> frozenset[str]:
     )
 
 
+def _output_layer(module: nn.Module) -> str | None:
+    """The path of the plain linear layer that a language model ends with (transformers names it), or None."""
+    ask = getattr(module, "get_output_embeddings", None)
+    layer = ask() if callable(ask) else None
+    return next((n for n, m in named_modules(module) if m is layer), None) if type(layer) is nn.Linear else None
+
+
+def _hand_over(layer: nn.Module, hidden: Tensor) -> Tensor:
+    parameters, _ = registries(layer)
+    weight, bias = parameters["weight"], parameters["bias"]
+    logits = hidden.new_zeros(()).expand(*hidden.shape[:-1], weight.shape[0])
+    heads = FRAME.get().heads
+    assert heads is not None
+    heads.append(Head(hidden, weight, bias, logits))
+    return logits
+
+
 def _find_sites(module: nn.Module) -> list[str]:
     blocks = {c for m in module.modules() for c in (getattr(m, "_no_split_modules", None) or ())}
     named = [(n, m) for n, m in named_modules(module) if n]
@@ -162,8 +179,9 @@ class ModuleCore:
             if getattr(config, "use_cache", None):
                 config.use_cache = False
         self.owner = self._owners()
-        for site in sites:
-            self.intercept(site)
+        self.head = _output_layer(self.skeleton)
+        for path in [*sites, *([self.head] if self.head is not None else [])]:
+            self.intercept(path)
         self.program = self._program(memo)
 
     def __repr__(self) -> str:
@@ -244,6 +262,8 @@ class ModuleCore:
                 return self._enter_site(path, args, kwargs)
             if path in frame.wraps:
                 return self._enter_wrapped(path, args, kwargs)
+            if path == self.head and frame.heads is not None and not kwargs:
+                return _hand_over(module, *args)
             return self._forwards[path](*args, **kwargs)
 
         module.forward = dispatch

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fds.frame import Head, scoped
 from fds.program import Program
 
 _IGNORED = -100
@@ -19,13 +20,37 @@ def causal_lm(program: Program, stored: Any, batch: dict[str, Tensor]) -> Tensor
     """Mean cross-entropy of the next token, in float32.
 
     `batch` has the model's keyword arguments: ``input_ids`` [rows, length], optionally ``attention_mask`` and ``labels`` (default: the
-    tokens themselves, padding left out; -100 is ignored). Labels are shifted here.
+    tokens themselves, padding left out; -100 is ignored). Labels are shifted here. The logits are not made where the model ends with a plain
+    linear layer (`kernels.linear_cross_entropy`); a model that does more to them (Gemma 2's softcap) gets them whole.
     """
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    logits = logits_of(program(stored, **inputs))
     targets = _labels(batch)[:, 1:].reshape(-1)
-    terms = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=_IGNORED, reduction="sum")
-    return terms / (targets != _IGNORED).sum().clamp(min=1)
+    share = 1.0 / (targets != _IGNORED).sum().clamp(min=1)
+    head = _head_of(program, stored, inputs)
+    if head is not None:
+        from fds.kernels.cross_entropy import linear_cross_entropy  # Triton takes time to import
+
+        hidden = head.hidden[:, :-1].flatten(0, 1)
+        scale = share.float().expand(targets.shape)
+        return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, scale=scale)
+    logits = logits_of(program(stored, **inputs))[:, :-1].flatten(0, 1).float()
+    return F.cross_entropy(logits, targets, ignore_index=_IGNORED, reduction="sum") * share
+
+
+def _head_of(program: Program, stored: Any, inputs: dict[str, Tensor]) -> Head | None:
+    """What the output layer is called with, if the model returns that layer's result as it is; None where it does more to its logits.
+
+    Told by identity, in the first call; from then on the program remembers.
+    """
+    compiled = any("whole" in t.provides for t in program.history)  # its graph was made without asking
+    if compiled or not program.memo.get("ends with its output layer", True):
+        return None
+    heads: list[Head] = []
+    with scoped(heads=heads):
+        out = program(stored, **inputs)
+    plain = len(heads) == 1 and getattr(out, "logits", out) is heads[0].logits
+    program.memo["ends with its output layer"] = plain
+    return heads[0] if plain else None
 
 
 def _labels(batch: dict[str, Tensor]) -> Tensor:

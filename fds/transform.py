@@ -144,12 +144,15 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
 
 
 def around_site(site: str, p: Program, wrap: Wrap, scope: str) -> Program:
-    """Program `p` of a site with its call, or the calls of modules inside it, wrapped."""
+    """Program `p` of a site with its call, or the calls of modules inside it, wrapped.
+
+    A wrapper that has a method ``bind(core, path) -> wrap`` is told which module it wraps.
+    """
+    core, bind = p.core, getattr(wrap, "bind", None)
     if scope == "root" or scope == "sites":
         return attrs.evolve(p, apply=wrap(p.apply)) if (site == "") == (scope == "root") else p
     if site and tree.matches(scope, site):
-        return attrs.evolve(p, apply=wrap(p.apply))
-    core = p.core
+        return attrs.evolve(p, apply=(bind(core, site) if bind else wrap)(p.apply))
     if core is None:
         return p
     # Not around a module that calls sites: their leaves do not pass through its call, so recompute would differentiate by nothing.
@@ -157,12 +160,13 @@ def around_site(site: str, p: Program, wrap: Wrap, scope: str) -> Program:
     paths = _outermost(m for m in inside if tree.matches(scope, m))
     if not paths:
         return p
+    each = {m: bind(core, m) if bind else wrap for m in paths}
     for path in paths:
         core.intercept(path)
 
     def apply(stored: Params, *args: Any, **kwargs: Any) -> Any:
         wraps = FRAME.get().wraps
-        with scoped(wraps={**wraps, **{m: (wrap, *wraps.get(m, ())) for m in paths}}):
+        with scoped(wraps={**wraps, **{m: (w, *wraps.get(m, ())) for m, w in each.items()}}):
             return p.apply(stored, *args, **kwargs)
 
     return attrs.evolve(p, apply=apply)
