@@ -41,6 +41,25 @@ def each_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return torch._foreach_norm(tensors, dtype=torch.float32)
 
 
+def fused_adamw(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], count: Tensor, ok: Tensor, **hyper: float) -> None:  # fmt: skip
+    """AdamW over the given contiguous tensors by torch's one kernel, unless `ok` (0-D bool) is False; `count` from 1."""
+    counts = [count.float()] * len(params)
+    flags = {"amsgrad": False, "maximize": False, "grad_scale": None, "found_inf": (~ok).float()}
+    torch._fused_adamw_(params, grads, mu, nu, [], counts, **hyper, **flags)
+
+
+def fused_sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], ok: Tensor, *, nesterov: bool, **hyper: float) -> None:  # fmt: skip
+    """SGD over the given contiguous tensors by torch's one kernel, unless `ok` (0-D bool) is False; no buffers without momentum."""
+    flags = {
+        "dampening": 0.0,
+        "maximize": False,
+        "is_first_step": False,
+        "grad_scale": None,
+        "found_inf": (~ok).float(),
+    }
+    torch._fused_sgd_(params, grads, buffers, nesterov=nesterov, **hyper, **flags)
+
+
 def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``module.named_modules()``, typed."""
     return module.named_modules()

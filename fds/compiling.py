@@ -85,12 +85,7 @@ class CompiledStep:
         self.step, self.donate = step, donate
 
         def body(leaves: list[Tensor], batch: Any) -> Any:
-            new, metrics = step.region(leaves, batch)
-            if not donate:
-                return new, metrics
-            for old, value in zip(leaves, new, strict=True):
-                old.copy_(value)  # inside the graph: Inductor writes in place, no second copy of the state exists
-            return [], metrics
+            return ([], step.over(leaves, batch)) if donate else step.region(leaves, batch)
 
         self._compiled = _one_graph(body, options)
 

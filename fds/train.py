@@ -12,7 +12,8 @@ from fds.compiling import traced
 from fds.frame import scoped, with_updates
 from fds.grad import value_and_grad
 from fds.lowering import lowered
-from fds.optim import Optimizer, apply_updates
+from fds.optim import Optimizer
+from fds.optim.base import chosen, guarded_step
 from fds.program import Axis, Program
 from fds.randomness import fold
 from fds.tree import Params, Stored
@@ -46,15 +47,24 @@ class TrainStep:
     on_nonfinite: str
     seed: int
     region: Callable[..., tuple[list[Tensor], dict[str, Any]]] = attrs.field(init=False, repr=False)
+    over: Callable[..., dict[str, Any]] = attrs.field(init=False, repr=False)  # writes the new state over the old
     spec: TrainState = attrs.field(init=False, repr=False)  # the abstract state: meta tensors
 
     def __attrs_post_init__(self) -> None:
         # Lists and dictionaries only at the border of the traced region: Dynamo cannot build named tuples there (torch 2.13).
         def region(leaves: list[Tensor], batch: Batch) -> tuple[list[Tensor], dict[str, Any]]:
-            state, metrics = _step(self, tree.rebuild(self.spec, iter(leaves)), batch)
+            state, metrics = _step(self, tree.rebuild(self.spec, iter(leaves)), batch, donated=False)
             return tree.flat(state), metrics
 
+        def over(leaves: list[Tensor], batch: Batch) -> dict[str, Any]:
+            state, metrics = _step(self, tree.rebuild(self.spec, iter(leaves)), batch, donated=True)
+            for old, new in zip(leaves, tree.flat(state), strict=True):
+                if new is not old:
+                    old.copy_(new)  # inside the graph: Inductor writes in place, no second copy of the state exists
+            return metrics
+
         object.__setattr__(self, "region", traced(region))
+        object.__setattr__(self, "over", traced(over))
         object.__setattr__(self, "spec", self._state(self.program.spec))
 
     def init(self, params: Params) -> TrainState:
@@ -152,7 +162,7 @@ def train_step(
     return TrainStep(program, tx, loss, microbatches, on_nonfinite, seed)
 
 
-def _step(step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tuple[TrainState, dict[str, Any]]:
     program, tx = step.program, step.tx
     value, local, updates, aux = _accumulate(step, state, batch)
     grads = tx.reduce(local)
@@ -164,21 +174,13 @@ def _step(step: TrainStep, state: TrainState, batch: Batch) -> tuple[TrainState,
     def norm_of(g: Any) -> Tensor:  # what a chain has scaled before has another norm
         return norm if g is grads else _squares(step, g)[1].sum().sqrt()
 
-    change, optimizer = tx.update(grads, state.optimizer, old, norm=norm_of)
-    new = apply_updates(old, change)
-
-    def chosen(new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(ok.to(old.device), new, old)
-
-    trained = tree.map(chosen, new, old)
-    buffers = {s: {k: chosen(v, state.params[s][k]) for k, v in part.items()} for s, part in updates.items()}
+    trained, optimizer = guarded_step(tx, grads, state.optimizer, old, norm=norm_of, ok=ok, donated=donated)
+    buffers = {s: chosen(ok, part, {k: state.params[s][k] for k in part}) for s, part in updates.items()}
     params = {
         s: {k: trained[s].get(k, buffers.get(s, {}).get(k, v)) for k, v in part.items()}
         for s, part in state.params.items()
     }
-    state = TrainState(
-        params, tree.map(chosen, optimizer, state.optimizer), state.step + 1, state.rng.clone(), state.skipped + ~ok
-    )
+    state = TrainState(params, optimizer, state.step + 1, state.rng.clone(), state.skipped + ~ok)
     names, by_leaf = _by_leaf(step, local, squares)
     metrics: dict[str, Any] = {
         "loss": value,

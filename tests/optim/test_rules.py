@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fds import optim, tree
+from fds.optim.base import guarded_step
 
 RULES = {
     "sgd": (lambda: optim.sgd(0.05), lambda p: torch.optim.SGD(p, lr=0.05)),
@@ -256,3 +257,29 @@ def test_norm_is_that_of_all_elements(tree_of):
     got = tree.norm(tree_of)
     assert got.dtype == torch.float32 and got.shape == ()
     torch.testing.assert_close(got, flat.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", EVERY)
+def test_in_place_equals_the_update_and_skips(name, dtype):
+    """A step that owns its state: the same values in the same memory, and nothing at all where it is not ok."""
+    tx = EVERY[name]()
+    want = p = tree.map(lambda x: x.mT.clone().mT if x.dim() == 2 else x.clone(), params(dtype))  # one not contiguous
+    state = kept = tx.init(p)
+    p = tree.map(torch.clone, p)
+    homes = [x.data_ptr() for x in tree.leaves(p)]
+    for i, ok in enumerate([True, True, False, True]):
+        g = gradients(p, i) if ok else tree.map(lambda x: torch.full_like(x, torch.nan), p)
+        if ok:
+            updates, kept = tx.update(g, kept, want)
+            want = optim.apply_updates(want, updates)
+        p, state = guarded_step(tx, g, state, p, norm=tree.norm, ok=torch.tensor(ok), donated=True)
+    close((p, state), (want, kept))
+    if tx.in_place is not None and dtype != torch.bfloat16:
+        assert [x.data_ptr() for x in tree.leaves(p)] == homes
+
+
+def test_rules_and_chains_have_an_in_place_form():
+    clip = optim.clip_by_global_norm(1.0)
+    assert optim.adamw(0.1).in_place and optim.sgd(0.1).in_place and optim.chain(clip, optim.adamw(0.1)).in_place
+    assert optim.chain(optim.adamw(0.1), clip).in_place is None and optim.chain().in_place is None
