@@ -15,6 +15,7 @@ from torch import Tensor
 from fds import tree
 from fds._torch import nonstrict_trace
 from fds.lowering import lowered
+from fds.memory import keep_freed
 from fds.program import Program
 from fds.transform import Transform, whole
 
@@ -32,11 +33,12 @@ def traced(f: Callable[..., Any]) -> Callable[..., Any]:
     return wraps(f)(own)
 
 
-def compile(f: Any = None, *, donate: bool = True, **options: Any) -> Any:
+def compile(f: Any = None, *, donate: bool = True, keep_memory: bool = True, **options: Any) -> Any:
     """Compile a train step, a program or a function of tensors as one graph (``fullgraph=True``).
 
     * ``compile(step)`` for a `train_step`: forward, backward, collectives and optimizer in one graph. With `donate` the state that goes
-      in is overwritten in place and comes back as a new state; the old one is emptied, and using it raises.
+      in is overwritten in place and comes back as a new state; the old one is emptied, and using it raises. With `keep_memory` a step on a
+      CPU has the C library keep freed memory for the next one, in the whole process (glibc; see `fds.memory`).
     * ``compile(program)``, or ``compile()`` last in a chain: the program with its call compiled.
 
     `options` go to `torch.compile`. Works inside the user's own ``torch.compile(fullgraph=True)`` too, where it steps aside.
@@ -55,7 +57,7 @@ def compile(f: Any = None, *, donate: bool = True, **options: Any) -> Any:
         )
         return t if f is None else t(f)
     if isinstance(f, TrainStep):
-        return CompiledStep(f, donate, options)
+        return CompiledStep(f, donate, keep_memory, options)
     if not callable(f):
         raise ValueError(
             f"compile: got {type(f).__name__}, required a train step, a program or a function; or leave it out to get a transformation"
@@ -81,8 +83,8 @@ def _compiled_program(program: Program, options: dict[str, Any]) -> Program:
 class CompiledStep:
     """A train step as one graph. Called like the step itself; `init` and the other attributes are the step's."""
 
-    def __init__(self, step: Any, donate: bool, options: dict[str, Any]) -> None:
-        self.step, self.donate = step, donate
+    def __init__(self, step: Any, donate: bool, keep_memory: bool, options: dict[str, Any]) -> None:
+        self.step, self.donate, self.keep_memory = step, donate, keep_memory
 
         def body(leaves: list[Tensor], batch: Any) -> Any:
             return ([], step.over(leaves, batch)) if donate else step.region(leaves, batch)
@@ -96,6 +98,8 @@ class CompiledStep:
         if torch.compiler.is_compiling():
             return self.step(state, batch)
         leaves: list[Tensor] = self.step.check(state, batch)
+        if self.keep_memory and leaves[0].device.type == "cpu":
+            keep_freed()
         new, metrics = self._compiled(leaves, batch)
         if self.donate:
             new = [t.detach() for t in leaves]
