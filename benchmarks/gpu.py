@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from common import machine, versions
+from gpu_model import decoding, training
 from torch import Tensor
 
 import fds
@@ -111,10 +112,14 @@ def ceilings() -> dict[str, float]:
 
 
 def speeds(limits: dict[str, float]) -> list[dict[str, Any]]:
-    from gpu_work import WORK
+    import gpu_work
+    import gpu_work_attention
+    import gpu_work_optimizer
+    import gpu_work_quantize
 
+    every = [w for m in (gpu_work, gpu_work_optimizer, gpu_work_attention, gpu_work_quantize) for w in m.WORK]
     rows: list[dict[str, Any]] = []
-    for work in WORK:
+    for work in every:
         row: dict[str, Any] = {"work": work.label, "operator": work.operator}
         rows.append(row)
         try:
@@ -151,13 +156,22 @@ def main() -> None:
     if CUDA:
         result["ceilings"] = ceilings()
         result["speeds"] = speeds(result["ceilings"])
+    limits = result.get("ceilings")
+    result["model"] = {}
+    for name, f in (("training step", training), ("decode step", decoding)):
+        try:
+            result["model"][name] = f(limits)
+        except Exception as error:
+            traceback.print_exc(limit=-3, file=sys.stderr)
+            result["model"][name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
     out = args.out or HERE / "results" / f"{re.sub('[^a-z0-9]+', '-', device.lower())}-{today}.json"
     if CUDA or args.out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written: {out}")
     table(result)
-    sys.exit(any(result["checks"].values()))
+    failed = [k for k, v in result["model"].items() if "failed" in v]
+    sys.exit(bool(failed) or any(result["checks"].values()))
 
 
 def table(result: dict[str, Any]) -> None:
@@ -165,8 +179,12 @@ def table(result: dict[str, Any]) -> None:
     print(f"{result['device']}: {len(result['checks']) - len(wrong)} of {len(result['checks'])} checks right")
     for k, v in wrong.items():
         print(f"  WRONG {k}: {v}")
+    for name, found in result["model"].items():
+        print(f"{name}: {_told(found)}")
     if "speeds" not in result:
-        print("No GPU: kernels, graphs and speed were left out; what ran is the CPU path of every operator.")
+        print(
+            "No GPU: kernels, graphs and speed were left out; what ran is the CPU path of every operator, and both steps on a tiny model: their times say nothing."
+        )
         return
     top = result["ceilings"]
     print(f"copy {top['bytes_per_s'] / 1e12:.2f} TB/s, bfloat16 products {top['flops_per_s'] / 1e12:.0f} TFLOP/s")
@@ -176,6 +194,17 @@ def table(result: dict[str, Any]) -> None:
         )
         share = f"{row['of_floor']:.0%} of the floor's rate" if row.get("of_floor") else row.get("failed", "failed")
         print(f"{row['work']:58} floor {row.get('floor_ms', 0):.3f} ms  {times}  {share}")
+
+
+def _told(found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return found["failed"]
+    parts = [f"{k} {v}" for k, v in found.items() if not isinstance(v, dict)]
+    for name, row in found.items():
+        if isinstance(row, dict):
+            share = next((f", {row[k]:.0%} of the ceiling" for k in ("of_products", "of_bytes") if k in row), "")
+            parts.append(f"{name} {row['tokens_per_s']:,.0f} tokens/s{share}")
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fds.kernels
+from fds.kernels import Configured
 from fds.kernels.aot import SHARED, Compiled, compiled
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
@@ -41,9 +42,17 @@ def _configurations(configured, results: dict[tuple[str, int], Compiled]) -> str
         sizes = " | ".join(f"{r.registers}, {r.shared / 1024:.1f}" for r in each)
         middle = results[c.label, 90]
         rows.append(
-            f"| `{_cell(c.label)}`{' **' + '; '.join(faults) + '**' if faults else ''} | {sizes} | {middle.wide_loads} | {middle.products} |"
+            f"| {_short(c)}{' **' + '; '.join(faults) + '**' if faults else ''} | {sizes} | {middle.wide_loads} | {middle.products} |"
         )
     return "\n".join(rows)
+
+
+def _short(c: Configured) -> str:
+    """A configuration in a table's cell: dtypes of its tensors in order, switches that are on, sizes."""
+    dtypes = dict.fromkeys(t[1:] for t in c.types.values() if t.startswith("*") and t not in ("*i64", "*i32"))
+    flags = [k.lower() for k, v in c.constants.items() if v is True]
+    sizes = [f"{k.lower()} {v}" for k, v in c.constants.items() if not isinstance(v, bool) and v != ""]
+    return f"`{c.kernel.__name__}` " + ", ".join([" ".join(dtypes), *flags, *sizes, f"{c.warps} warps"])
 
 
 def _cell(text: str) -> str:

@@ -5,6 +5,7 @@ what it needs to work under every transformation: shapes for the compiler, a vma
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ def define(
     fake: Callable[..., Any] | None = None,
     batch: Callable[..., Any] | None = None,
     kernels: Sequence[Configured] = (),
+    forgets: Sequence[str] = (),
 ) -> Operator:
     """Define an operator and everything that transformations ask of it.
 
@@ -102,6 +104,7 @@ def define(
         supports: raises `ValueError` for arguments that the operator does not take, naming what it does.
         fake: shapes and dtypes of the result. Default: the reference on abstract tensors.
         batch: a vmap rule ``(info, dims, *args) -> (out, out_dims)`` that is faster than one call for each element of the batch.
+        forgets: tensor arguments whose values `backward` does not read. It gets one element in their shape, and their memory is free.
     """
     if name in _OPERATORS:
         raise ValueError(f"operator {name!r} is defined already; give the new one another name")
@@ -111,14 +114,14 @@ def define(
 
     if bool(differentiable) != (backward is not None):
         raise ValueError(f"operator {name!r}: backward and differentiable belong together; give both, or neither")
-    rules = None if backward is None else _Rules(name, reference, backward, backward_kernel, first_order)
-    derivative = {"save": rules.save, "backward": rules.backward, "composite": reference} if rules else {}
+    rules = None if backward is None else _Rules(name, reference, backward, backward_kernel, first_order, forgets)
+    derivative = {"save": rules.save, "backward": rules.backward, "composite": reference} if rules else _refusal(name)
     run = operator(
         name,
         schema,
         primitive=primitive,
         fake=fake or reference,
-        batch=batch or _one_by_one(name),
+        batch=batch or one_by_one(name),
         inline=True,
         **derivative,
     )
@@ -161,19 +164,24 @@ class _Rules:
     operators' places.
     """
 
-    def __init__(self, name: str, reference: Callable[..., Any], backward: Backward, kernel: Backward | None, first: Sequence[int] | None) -> None:  # fmt: skip
+    def __init__(self, name: str, reference: Callable[..., Any], backward: Backward, kernel: Backward | None, first: Sequence[int] | None, forgets: Sequence[str]) -> None:  # fmt: skip
         self.name, self.reference, self.aten, self.kernel, self.first = name, reference, backward, kernel, first
+        self.forgets = forgets
         self.op: Any = None
         self.places: list[int] = []
+        self.forgotten: set[int] = set()
         self.inputs = self.outputs = 0
 
     def define_backward(self, run: Any, differentiable: Sequence[str]) -> None:
         """Define ``name_backward(cotangents, inputs, outputs, needs) -> gradients``."""
         arguments, returns = run._schema.arguments, run._schema.returns
         names = [a.name for a in arguments]
-        for n in differentiable:
+        for n in (*differentiable, *self.forgets):
             if n not in names:
-                raise ValueError(f"{self.name}: differentiable={n!r} is no argument; {tree.suggest(n, names)}")
+                raise ValueError(
+                    f"{self.name}: differentiable or forgets names {n!r}, no argument; {tree.suggest(n, names)}"
+                )
+        self.forgotten = {names.index(n) for n in self.forgets}
         self.places = [names.index(n) for n in differentiable]
         self.inputs, self.outputs = len(arguments), len(returns)
         cotangents = [f"Tensor? cotangent{i}" for i in range(self.outputs)]
@@ -185,7 +193,7 @@ class _Rules:
             f"({', '.join([*cotangents, *declared, *results, 'bool[] needed'])}) -> ({gradients})",
             primitive=self.primitive,
             fake=self.shapes,
-            batch=_one_by_one(f"{self.name}_backward"),
+            batch=one_by_one(f"{self.name}_backward"),
             inline=True,
             save=_save,
             backward=self.second,
@@ -199,7 +207,13 @@ class _Rules:
 
     def primitive(self, *args: Any) -> Any:
         form = self.aten if self.kernel is None or not on_device(*args) else self.kernel
-        parts = self.split(args if form is self.aten else _contiguous(args))
+        parts = self.split(args)
+        if form is not self.aten:  # what is forgotten would become as large as it was
+            kept = [
+                x if i in self.forgotten else y
+                for i, (x, y) in enumerate(zip(parts[1], _contiguous(parts[1]), strict=True))
+            ]
+            parts = (tuple(_contiguous(parts[0])), tuple(kept), tuple(_contiguous(parts[2])), parts[3])
         return self.shaped(form(*parts), parts)
 
     def composite(self, *args: Any) -> Any:
@@ -237,7 +251,8 @@ class _Rules:
         outs = out if isinstance(out, tuple) else (out,)
         ctx.mark_non_differentiable(*[o for o in outs if not o.is_floating_point()])
         ctx.set_materialize_grads(False)
-        _save(ctx, (*args, *outs), None)
+        kept = [_shape_of(a) if i in self.forgotten and isinstance(a, Tensor) else a for i, a in enumerate(args)]
+        _save(ctx, (*kept, *outs), None)
 
     def backward(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = _saved(ctx)
@@ -312,6 +327,24 @@ def _saved(ctx: Any) -> list[Any]:
     return full
 
 
+def _shape_of(x: Tensor) -> Tensor:
+    """One element, in the shape of `x`."""
+    return x.new_zeros(()).expand(x.shape)
+
+
+def _refusal(name: str) -> dict[str, Any]:
+    """The rule of an operator without a derivative: nothing is saved, and a gradient that comes back is an error, not zero."""
+
+    def save(ctx: Any, args: tuple[Any, ...], out: Any) -> None:
+        outs = out if isinstance(out, tuple) else (out,)
+        ctx.mark_non_differentiable(*[o for o in outs if not o.is_floating_point()])
+
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise ValueError(f"{name}: has no derivative; call it on detached tensors, or under torch.no_grad()")
+
+    return {"save": save, "backward": backward}
+
+
 def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
@@ -325,13 +358,14 @@ def _fresh(g: Tensor, like: Tensor, taken: Sequence[Any]) -> Tensor:
 
 def _declared(t: Any) -> str:
     """A schema's type as it is written."""
-    return str(t).replace("Optional[Tensor]", "Tensor?").replace("List[bool]", "bool[]").replace("List[int]", "int[]")
+    optional = re.sub(r"Optional\[(.+)\]", r"\1?", str(t))
+    return re.sub(r"List\[(\w+)\]", r"\1[]", optional)
 
 
 # --- vmap ---
 
 
-def _one_by_one(name: str) -> Callable[..., Any]:
+def one_by_one(name: str) -> Callable[..., Any]:
     """The vmap rule that always holds: one call for each element of the batch."""
 
     def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

@@ -274,6 +274,7 @@ _rope = define(
     backward=_backward,
     backward_kernel=_launch_backward,
     differentiable=("q", "k"),
+    forgets=("q", "k"),
     supports=_supports,
     example=_example,
     kernels=tuple(_configurations()),

@@ -2,10 +2,10 @@
 
 from fds.optim.base import Optimizer, apply_updates, chain, get_hyperparams, set_hyperparams
 from fds.optim.placement import offloaded, sharded
-from fds.optim.rules import adamw, clip_by_global_norm, scale, scale_by_schedule, sgd
+from fds.optim.rules import adamw, adamw8bit, clip_by_global_norm, lion, scale, scale_by_schedule, sgd
 from fds.optim.schedules import constant, linear_warmup, warmup_cosine
 
 __all__ = [
-    "Optimizer", "adamw", "apply_updates", "chain", "clip_by_global_norm", "constant", "get_hyperparams", "linear_warmup", "offloaded", "scale", "scale_by_schedule",
+    "Optimizer", "adamw", "adamw8bit", "apply_updates", "chain", "clip_by_global_norm", "constant", "get_hyperparams", "linear_warmup", "lion", "offloaded", "scale", "scale_by_schedule",
     "set_hyperparams", "sgd", "sharded", "warmup_cosine",
 ]  # fmt: skip

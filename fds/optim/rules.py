@@ -1,7 +1,9 @@
 """Update rules: SGD, AdamW, clipping, scaling by a schedule."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
@@ -92,12 +94,20 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
 
 
 def adamw(
-    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
-) -> Optimizer:
+    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, rounding_seed: int | None = None,
+) -> Optimizer:  # fmt: skip
     """Adam with decoupled weight decay; the numerics of `torch.optim.AdamW`. Moments are float32 for low-precision parameters.
+
+    `rounding_seed`: round bfloat16 parameters up or down at random, so that updates below half of their last bit are not lost and no float32
+    master is needed; for parameters of bfloat16 only. The bits depend on the seed, the update, the leaf and the place in it, so that another
+    sharding draws others.
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
+    if rounding_seed is not None:
+        return _by_operator(
+            "adamw", learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, seed=rounding_seed
+        )
     checked("learning_rate", learning_rate)
     checked("b1", b1)
     checked("b2", b2)
@@ -139,6 +149,76 @@ def adamw(
         return params, state._replace(updates=state.updates + ok)
 
     return Optimizer(init, update, in_place=in_place)
+
+
+def lion(learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, rounding_seed: int | None = None) -> Optimizer:  # fmt: skip
+    """Lion: steps of the sign of an average, one moment. Its learning rate is some tenth of AdamW's. `rounding_seed` as there.
+
+    Chen et al. 2023, arXiv:2302.06675, algorithm 2.
+
+    >>> tx, p = lion(0.1), {"w": torch.ones(2)}
+    >>> tx.update({"w": torch.tensor([3.0, -0.5])}, tx.init(p), p)[0]["w"]
+    tensor([-0.1000,  0.1000])
+    """
+    return _by_operator("lion", learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, seed=rounding_seed)
+
+
+def adamw8bit(
+    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, state_seed: int = 0, rounding_seed: int | None = None,
+) -> Optimizer:  # fmt: skip
+    """AdamW with 2 bytes of state a parameter instead of 8: codes of 8 bits, a scale for each 256 (`fds.kernels.adamw8bit_update`).
+
+    The second moment is rounded at random, by `state_seed`. `rounding_seed` as in `adamw`. Dettmers et al. 2022, arXiv:2110.02861.
+    """
+    return _by_operator("adamw8bit", learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, seed=rounding_seed, state_seed=state_seed)  # fmt: skip
+
+
+def _zeros_of_8_bits(params: Any) -> dict[str, Any]:
+    def scale(p: Tensor) -> Tensor:
+        return torch.zeros(-(-p.numel() // 256), device=p.device)
+
+    codes = {k: tree.map(lambda p, d=d: torch.zeros_like(p, dtype=d), params) for k, d in (("mu", torch.int8), ("nu", torch.uint8))}  # fmt: skip
+    return codes | {k: tree.map(scale, params) for k in ("mu_scale", "nu_scale")}
+
+
+_MOMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "adamw": lambda params: {"mu": _moment(params), "nu": _moment(params)},
+    "lion": lambda params: {"mu": _moment(params)},
+    "adamw8bit": _zeros_of_8_bits,
+}
+
+
+def _by_operator(rule: str, learning_rate: Rate, *, seed: int | None, state_seed: int | None = None, **options: float) -> Optimizer:  # fmt: skip
+    """The rule as operator ``fds.kernels.<rule>_update``, leaf by leaf. Updates are float32 differences of the new parameter and the old."""
+    for name, value in {"learning_rate": learning_rate, **options}.items():
+        checked(name, value)
+    seeds = {k: v for k, v in (("seed", seed), ("state_seed", state_seed)) if v is not None}
+
+    def init(params: Any) -> RuleState:
+        return RuleState(
+            _count(params), _MOMENTS[rule](params), _to(hyperparams(learning_rate=learning_rate, **options), params)
+        )
+
+    def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
+        from fds import kernels  # takes a while, and most optimizers do without
+
+        check_like(grads, params)
+        step, count, h = getattr(kernels, f"{rule}_update"), state.updates + 1, state.hyper
+        settings = {"rate": _rate(learning_rate, state), "count": count, **seeds} | {k: h[k] for k in options}
+        changes: list[Tensor] = []
+        moments: list[list[Tensor]] = []
+        leaves, spec = optree.tree_flatten(params)
+        columns = [tree.leaves(x) for x in state.moments.values()]
+        for i, (p, g, *m) in enumerate(zip(leaves, tree.leaves(grads), *columns, strict=True)):
+            new, *m = step(
+                p, g, *m, leaf=i, **{k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in settings.items()}
+            )
+            changes.append(new.to(m[0].dtype) - p if m[0].is_floating_point() else new.float() - p)
+            moments.append(m)
+        kept = {k: optree.tree_unflatten(spec, [m[j] for m in moments]) for j, k in enumerate(state.moments)}
+        return optree.tree_unflatten(spec, changes), RuleState(count, kept, h)
+
+    return Optimizer(init, update)
 
 
 def _mass(b: Tensor, count: Tensor) -> Tensor:
