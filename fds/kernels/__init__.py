@@ -9,9 +9,11 @@ from fds.kernels.lamb import lamb_update
 from fds.kernels.lora import lora_fuse, lora_linear
 from fds.kernels.norms import layer_norm, rms_norm
 from fds.kernels.optimizer import adamw_update, lion_update, sgd_update
+from fds.kernels.quantize import block_dequantize, block_quantize, block_quantized_sum
 from fds.kernels.registry import Configured, Operator, define, operators
 from fds.kernels.rope import rope, rope_angles, rope_frequencies
 from fds.kernels.rounding import stochastic_round
+from fds.kernels.sampling import sample
 from fds.kernels.triton_or_not import jit, launch, tl
 
 __all__ = [
@@ -19,6 +21,9 @@ __all__ = [
     "Operator",
     "adamw8bit_update",
     "adamw_update",
+    "block_dequantize",
+    "block_quantize",
+    "block_quantized_sum",
     "decode_attention",
     "define",
     "geglu",
@@ -37,6 +42,7 @@ __all__ = [
     "rope",
     "rope_angles",
     "rope_frequencies",
+    "sample",
     "sgd_update",
     "stochastic_round",
     "swiglu",

@@ -130,7 +130,7 @@ def _reference(param: Tensor, grad: Tensor, mu: Tensor, nu: Tensor, mu_scale: Te
 def scaled(x):
     """`_scaled` of a tile of blocks. As integers, NaN is above inf, and inf above all numbers."""
     top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    top = tl.where(top < 0x7F800000, top.to(tl.float32, bitcast=True), float("nan"))
+    top = tl.where(top < 0x7F800000, top.to(tl.float32, bitcast=True), float("nan"))  # pyright: ignore
     up = tl.where(top < 5.421010862427522e-20, 1.8446744073709552e19, 1.0)
     y = x * up[:, None] * tl.div_rn(tl.full(top.shape, 1.0, tl.float32), top * up)[:, None]
     return tl.where(top[:, None] > 0, y, 0.0), top

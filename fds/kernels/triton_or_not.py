@@ -12,7 +12,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
-    from triton import jit
+
+    def jit(f: Any) -> Any:
+        """Triton's; its own type has no way to say that a constant goes where a `constexpr` is declared."""
 else:
     try:
         import triton
