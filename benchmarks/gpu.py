@@ -14,6 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_work
+import gpu_work_attention
+import gpu_work_optimizer
+import gpu_work_quantize
 import torch
 from common import machine, versions
 from gpu_model import decoding, training
@@ -24,6 +28,7 @@ import fds.kernels
 
 HERE = Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
+WORK = [w for m in (gpu_work, gpu_work_optimizer, gpu_work_attention, gpu_work_quantize) for w in m.WORK]
 
 
 # --- correctness ---
@@ -112,14 +117,8 @@ def ceilings() -> dict[str, float]:
 
 
 def speeds(limits: dict[str, float]) -> list[dict[str, Any]]:
-    import gpu_work
-    import gpu_work_attention
-    import gpu_work_optimizer
-    import gpu_work_quantize
-
-    every = [w for m in (gpu_work, gpu_work_optimizer, gpu_work_attention, gpu_work_quantize) for w in m.WORK]
     rows: list[dict[str, Any]] = []
-    for work in every:
+    for work in WORK:
         row: dict[str, Any] = {"work": work.label, "operator": work.operator}
         rows.append(row)
         try:
@@ -153,6 +152,8 @@ def main() -> None:
         "versions": versions("torch", "triton", "transformers", "fds"),
     }
     result["checks"] = checks()
+    timed, known = {w.operator for w in WORK}, fds.kernels.operators().keys()
+    result["checks"]["every operator is timed"] = ", ".join(sorted(timed ^ known))
     if CUDA:
         result["ceilings"] = ceilings()
         result["speeds"] = speeds(result["ceilings"])

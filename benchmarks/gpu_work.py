@@ -170,17 +170,32 @@ def beside(tokens: int) -> tuple[dict[str, Callable[[], Any]], Floor]:
     )
 
 
+def many(tokens: int, adapters: int) -> tuple[dict[str, Callable[[], Any]], Floor]:
+    x, w = randn(tokens, 8192), randn(8192, 8192)
+    a, b = randn(adapters, 16, 8192), randn(adapters, 8192, 16)
+    index = torch.arange(tokens, device="cuda") % adapters
+    scale = torch.full((adapters,), 0.5, device="cuda")
+
+    def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        own = torch.einsum("tr,tnr->tn", torch.einsum("tk,trk->tr", x, a[index]), b[index])
+        return x @ w.T + 0.5 * own
+
+    f = partial(fds.kernels.lora_linear, scale=scale, index=index)
+    return compared(f, plain, (x, w, a, b)), Floor(w.nbytes + a.nbytes + b.nbytes)
+
+
 WORK: list[Work] = [
     Work("loss and gradient, 8192 x 4096, 131072 words, bf16", "linear_cross_entropy_sum", head),
     Work("log-probabilities, 8192 x 4096, 131072 words, bf16", "linear_cross_entropy", head_rows),
     Work("adapter fused, 8192 x 8192, r = 16, bf16", "lora_fuse", fused),
     Work("adapter beside, 1 token, 8192 x 8192, r = 16, bf16", "lora_linear", lambda: beside(1)),
     Work("adapter beside, 16 tokens, 8192 x 8192, r = 16, bf16", "lora_linear", lambda: beside(16)),
+    Work("8 adapters beside, 16 tokens, 8192 x 8192, r = 16, bf16", "lora_linear_many", lambda: many(16, 8)),
     Work("RMSNorm, 16384 x 4096, bf16", "rms_norm", lambda: rms(False)),
     Work("RMSNorm backward, 16384 x 4096, bf16", "rms_norm", lambda: rms(True)),
     Work("LayerNorm, 16384 x 4096, bf16", "layer_norm", lambda: layer(False)),
     Work("LayerNorm backward, 16384 x 4096, bf16", "layer_norm", lambda: layer(True)),
-    Work("SwiGLU, 16384 x 14336, bf16", "glu", lambda: gated(False)),
-    Work("SwiGLU backward, 16384 x 14336, bf16", "glu", lambda: gated(True)),
+    Work("SwiGLU, 16384 x 14336, bf16", "gated_linear_unit", lambda: gated(False)),
+    Work("SwiGLU backward, 16384 x 14336, bf16", "gated_linear_unit", lambda: gated(True)),
     Work("RoPE, 40 heads of 128, 16384 tokens, bf16", "rope", rotary),
 ]

@@ -62,16 +62,17 @@ def sgd() -> tuple[Contenders, Floor]:
     return eager_and_compiled("sgd_update", lambda: op(*args), args), Floor(N * 20)
 
 
-def lamb() -> tuple[Contenders, Floor]:
-    """300 leaves; both halves."""
+def lamb(half: str) -> tuple[Contenders, Floor]:
+    """300 leaves."""
     p, mu, nu = buffers(3)
     (g,) = buffers(1, torch.bfloat16)
-    starts = torch.arange(300, device="cuda") * (N // 300)
-
-    def f() -> Any:
-        return fds.kernels.lamb_update(p, g, mu, nu, starts, rate=1e-3, count=3, weight_decay=0.1, copy=torch.bfloat16)
-
-    return {"fds": f}, Floor(N * 40)
+    starts, hyper = torch.arange(300, device="cuda") * (N // 300), numbers(0.9, 0.999, 1e-6, 0.1)
+    moments, apply = (fds.kernels.operators()[f"lamb_{n}"] for n in ("moments", "apply"))
+    count, squares = torch.tensor(3, device="cuda"), torch.ones(2, 300, device="cuda")
+    if half == "moments":
+        return {"fds": lambda: moments(p, g, mu, nu, starts, *hyper, count)}, Floor(N * 22)
+    args = (p, mu, nu, squares, starts, *numbers(1e-3), *hyper, *key("bfloat16", None))
+    return {"fds": lambda: apply(*args)}, Floor(N * 18)
 
 
 def eight_bits() -> tuple[Contenders, Floor]:
@@ -100,7 +101,10 @@ WORK = [
     Work("AdamW, the same, copy rounded at random", "adamw_update", lambda: adamw(seed=0)),
     Work("Lion, 2^28 float32, bf16 gradient and copy", "lion_update", lion),
     Work("SGD with momentum, 2^28 float32, bf16 gradient and copy", "sgd_update", sgd),
-    Work("LAMB, 2^28 float32 in 300 leaves, bf16 gradient and copy", "lamb_update", lamb),
+    Work(
+        "LAMB's moments and norms, 2^28 float32 in 300 leaves, bf16 gradient", "lamb_moments", lambda: lamb("moments")
+    ),
+    Work("LAMB's step, 2^28 float32 in 300 leaves, bf16 copy", "lamb_apply", lambda: lamb("apply")),
     Work("AdamW, moments of 8 bits, 2^28 float32, bf16 gradient and copy", "adamw8bit_update", eight_bits),
     Work("rounding at random, 2^28 float32 to bf16", "stochastic_round", rounding),
 ]

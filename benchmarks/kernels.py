@@ -1,5 +1,6 @@
 """The table of operators in docs/kernels.md: `python benchmarks/kernels.py`. Compiles every configuration for three chips; needs no GPU."""
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,8 @@ import fds.kernels
 from fds.kernels import Configured
 from fds.kernels.aot import SHARED, Compiled, compiled
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 
 
@@ -28,9 +30,21 @@ def main() -> None:
 
 
 def _operators() -> str:
-    rows = ["| operator | computes | why a kernel |", "|---|---|---|"]
-    rows += [f"| `{op.name}` | {_cell(op.formula)} | {_cell(op.why)} |" for op in fds.kernels.operators().values()]
+    rows = [
+        "| operator | computes | floor, and why a kernel | measured: share of the floor's rate |",
+        "|---|---|---|---|",
+    ]
+    for op in fds.kernels.operators().values():
+        rows.append(f"| `{op.name}` | {_cell(op.formula)} | {_cell(op.why)} | {_measured(op.name)} |")
     return "\n".join(rows)
+
+
+def _measured(name: str) -> str:
+    """The operator's rows of the newest result file that `make gpu` wrote on a GPU."""
+    found = [json.loads(f.read_text()) for f in (HERE / "results").glob("*.json")]
+    with_gpu = sorted((r for r in found if r.get("speeds")), key=lambda r: r["date"])
+    rows = [r for r in with_gpu[-1]["speeds"] if r["operator"] == name] if with_gpu else []
+    return "; ".join(f"{r['work']}: {r['of_floor']:.0%}" for r in rows if r.get("of_floor")) or "not yet"
 
 
 def _configurations(configured, results: dict[tuple[str, int], Compiled]) -> str:

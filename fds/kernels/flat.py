@@ -196,10 +196,11 @@ def keeping(param: Tensor, count: int | Tensor, copy: torch.dtype | None, seed: 
 
 
 def example_tensors(seed: int, dtype: torch.dtype, count: int) -> list[Tensor]:
-    """Tensors of one shape, the last one positive."""
+    """A parameter, a gradient, and moments of one shape, the last one positive."""
     g = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(5, 13, generator=g).to(dtype) for _ in range(count)]
-    return [*tensors[:-1], tensors[-1].abs() + 0.5]
+    tensors = [torch.randn(5, 13, generator=g) for _ in range(count)]
+    tensors[-1] = tensors[-1].abs() + 0.5
+    return [t.to(dtype if i < 2 else wide(dtype)) for i, t in enumerate(tensors)]
 
 
 def scalars(*values: float) -> list[Tensor]:

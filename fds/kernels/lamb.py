@@ -330,7 +330,7 @@ def _example_apply(seed: int, dtype: torch.dtype) -> tuple[Any, ...]:
         torch.tensor([[4.0, 0.0, 2.0, 5.0], [1.0, 0.0, 3.0, 2.0]]),
     )
     hyper = scalars(1e-2, 0.9, 0.99, 1e-8, 0.1)
-    return p, mu, nu, squares.to(dtype), torch.tensor([0, 20, 20, 41]), *hyper, torch.tensor(3), "", None, 0
+    return p, mu, nu, squares.to(mu.dtype), torch.tensor([0, 20, 20, 41]), *hyper, torch.tensor(3), "", None, 0
 
 
 _WHY = (
