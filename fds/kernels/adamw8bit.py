@@ -295,6 +295,7 @@ _update = define(
     supports=_supports,
     example=_example,
     kernels=tuple(_configurations()),
+    inline=False,
 )
 
 

@@ -88,6 +88,7 @@ def define(
     batch: Callable[..., Any] | None = None,
     kernels: Sequence[Configured] = (),
     forgets: Sequence[str] = (),
+    inline: bool = True,
 ) -> Operator:
     """Define an operator and everything that transformations ask of it.
 
@@ -104,6 +105,8 @@ def define(
         supports: raises `ValueError` for arguments that the operator does not take, naming what it does.
         fake: shapes and dtypes of the result. Default: the reference on abstract tensors.
         batch: a vmap rule ``(info, dims, *args) -> (out, out_dims)`` that is faster than one call for each element of the batch.
+        inline: whether a compiler sees what the operator does, and fuses it. False for a reference so long that every call of it is compiled
+            for seconds.
         forgets: tensor arguments whose values `backward` does not read. It gets one element in their shape, and their memory is free.
     """
     if name in _OPERATORS:
@@ -122,7 +125,7 @@ def define(
         primitive=primitive,
         fake=fake or reference,
         batch=batch or one_by_one(name),
-        inline=True,
+        inline=inline,
         **derivative,
     )
     if rules:

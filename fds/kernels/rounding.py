@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fds._torch import opaque_operator
 from fds.kernels.registry import Configured, define
 from fds.kernels.triton_or_not import jit, launch, tl
 
@@ -47,17 +48,31 @@ def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Te
     return c0, c1, c2, c3
 
 
-def random_bits(n: int, seed: Tensor, step: Tensor, leaf: int, stream: int = 0) -> Tensor:
-    """16 random bits for each of n elements, int64 in [0, 2^16)."""
+def _random_bits(n: int, seed: Tensor, step: Tensor, leaf: int, stream: int) -> Tensor:
     group = torch.arange(-(-n // 8), device=seed.device)
     zero = torch.zeros_like(group)
     counter = (group & _WORD, (group >> 32) + (stream << 30), zero + (step & _WORD), zero + leaf)
-    a, b, c, d = (w[:, None] for w in philox((seed & _WORD, (seed >> 32) & _WORD), counter))
-    half = torch.arange(
-        8, device=seed.device
-    )  # chosen by `where`: a compiler writes Philox out for each part of a `stack`
-    words = torch.where(half < 4, torch.where(half < 2, a, b), torch.where(half < 6, c, d))
-    return ((words >> 16 * (half & 1)) & 0xFFFF).view(-1)[:n]
+    a, b, c, d = philox((seed & _WORD, (seed >> 32) & _WORD), counter)
+    halves = [h for w in (a, b, c, d) for h in (w & 0xFFFF, w >> 16)]
+    return torch.stack(halves, 1).view(-1)[:n].to(torch.int32)
+
+
+def _random_bits_shape(n: int, seed: Tensor, step: Tensor, leaf: int, stream: int) -> Tensor:
+    return seed.new_empty(n, dtype=torch.int32)
+
+
+# A compiler calls it as it is: written out in its loops, Philox took 20 s to compile for every leaf.
+_RANDOM_BITS = opaque_operator(
+    "random_bits",
+    "(SymInt n, Tensor seed, Tensor step, int leaf, int stream) -> Tensor",
+    _random_bits,
+    _random_bits_shape,
+)
+
+
+def random_bits(n: int, seed: Tensor, step: Tensor, leaf: int, stream: int = 0) -> Tensor:
+    """16 random bits for each of n elements, int32 in [0, 2^16)."""
+    return _RANDOM_BITS(n, seed, step, leaf, stream)
 
 
 def rounded(x: Tensor, bits: Tensor) -> Tensor:

@@ -334,6 +334,7 @@ _draw = define(
     supports=_supports,
     example=_example,
     kernels=tuple(_configurations()),
+    inline=False,
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fds
 from fds import optim, tree
 from fds.optim.base import guarded_step
 
@@ -331,3 +332,37 @@ def test_moments_of_8_bits_train_as_well():
         ends.append(float((p["w"] - w).square().mean()))
         sizes.append(sum(t.nbytes for t in tree.leaves(state.moments)))
     assert sizes[1] < 0.27 * sizes[0] and ends[1] < 1.5 * ends[0] + 1e-3, (ends, sizes)
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("name", ["chain", "sgd nesterov", "lion", "adamw8bit", "rounded"])
+def test_a_compiled_step_that_owns_its_state_equals_the_eager_one(name):
+    tx = optim.adamw(0.01, rounding_seed=1) if name == "rounded" else EVERY[name]()
+    torch.manual_seed(0)
+    program, p = fds.functionalize(Small().to(torch.bfloat16 if name == "rounded" else torch.float32))
+
+    def loss(program, stored, batch):
+        return (program(stored, batch["x"]) - batch["x"]).float().square().mean()
+
+    step = fds.train_step(program, tx, loss=loss)
+    batch = {"x": torch.randn(4, 6).to(next(iter(p.values())).dtype)}
+    ends = []
+    for f in (step, fds.compile(step)):
+        state = f.init(p)
+        for i in range(4):
+            bad = {"x": torch.full_like(batch["x"], torch.inf)}
+            state, metrics = f(state, bad if i == 2 else batch)
+        assert int(metrics["skipped"]) == 1
+        ends.append((state.params, state.optimizer))
+    close(
+        *[[x.float() if x.dtype == torch.bfloat16 else x for x in tree.leaves(e)] for e in ends],
+        ulps=2**16 if name == "rounded" else 64,
+    )
