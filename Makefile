@@ -47,7 +47,7 @@ gpu:
 
 # The table in docs/kernels.md: every configuration compiled ahead of time.
 kernels: $(VENV)/ready
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernel_table.py
 
 # DeepSpeed, the peer, has an environment of its own.
 .venv-peers/ready: constraints.txt

@@ -27,11 +27,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def train(result: Json) -> str:
     """All tables of `train.py`."""
-    p = result["protocol"]
     parts = [
         _machine(result),
-        f"{p['rounds']} rounds of {p['steps']} steps for every contender, alternating in one run, after {p['warm_up'] + 1} steps that are not "
-        "timed; every contender starts twice, from nothing and with the caches of its first start, and the second one is timed; s/step is the median of the slower rank's steps, with the quartiles beside it.",
+        "Within a group all contenders alternate in one run. Every contender starts twice, from nothing and with the caches of its first start, and the second one is timed; s/step is the median of the slower rank's steps, with the quartiles beside it.",
     ]
     for group in result["groups"]:
         parts += [_heading(group), _speed(group), _compared(group), _losses(group), _traffic(group)]
@@ -51,9 +49,10 @@ def _machine(result: Json) -> str:
 def _heading(group: Json) -> str:
     ranks = f"{group['world']} gloo ranks" if group["world"] > 1 else "one process"
     threads = f"{group['threads']} thread{'s'[: group['threads'] > 1]}"
+    p = group["protocol"]
     title = f"### {group['size']} Llama, {group['dtype']}, {ranks}, {threads} each"
     return (
-        f"{title}\n\n{group['parameters']:,} parameters, {group['tokens']:,} tokens a step, "
+        f"{title}\n\nCommit {group['commit']}, {p['rounds']} rounds of {p['steps']} steps after {p['warm_up'] + 1} that are not timed. {group['parameters']:,} parameters, {group['tokens']:,} tokens a step, "
         f"{group['flops_per_rank'] / 1e9:.0f} GFLOP a rank and step. {_probed(group)}"
     )
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -289,6 +290,12 @@ def _selected(args: argparse.Namespace) -> list[Group]:
     return [replace(g, size=args.size) if args.size else g for g in groups if g.entries]
 
 
+def _commit() -> str:
+    """The commit that is measured; "unknown" outside of a clone."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and ranks are cleaned up
     args = _arguments()
@@ -303,14 +310,13 @@ def main() -> None:
         "machine": machine(),
         "versions": versions("torch", "transformers", "optree", "fds"),
         "peer_versions": _peer_versions(args.peer_python),
-        "protocol": {"rounds": rounds, "steps": steps, "warm_up": warm_up},
         "groups": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     for group in groups:
-        result["groups"].append(
-            run_group(group, rounds=rounds, steps=steps, warm_up=warm_up, peer_python=args.peer_python)
-        )
+        found = run_group(group, rounds=rounds, steps=steps, warm_up=warm_up, peer_python=args.peer_python)
+        protocol = {"rounds": rounds, "steps": steps, "warm_up": warm_up}
+        result["groups"].append(found | {"protocol": protocol, "commit": _commit()})
         out.write_text(
             json.dumps(result, indent=1) + "\n"
         )  # after each group: hours of measuring outlive a later failure

@@ -1,4 +1,4 @@
-"""The table of operators in docs/kernels.md: `python benchmarks/kernels.py`. Compiles every configuration for three chips; needs no GPU."""
+"""The table of operators in docs/kernels.md: `python benchmarks/kernel_table.py`. Compiles every configuration for three chips; needs no GPU."""
 
 import json
 import os
