@@ -8,7 +8,7 @@ from fds.functional import functionalize
 from fds.generate import decode, generate
 from fds.grad import value_and_grad
 from fds.lora import fuse_lora, lora
-from fds.offload import offload
+from fds.offload import FileStore, HostStore, StoreError, offload
 from fds.precision import cast
 from fds.program import Lens, Program
 from fds.remat import checkpoint
