@@ -25,13 +25,16 @@ import torch
 from torch import Tensor
 
 from fds._torch import opaque_operator, operator
-from fds.offload.store import HostStore, Reference
+from fds.memory import give_back_freed
+from fds.offload.store import FileStore, HostStore, Reference
 
 MAGIC = 7349.0
 SHAPE = (3,)
 _TICKETS = random.SystemRandom()
 _LOCK = threading.RLock()
-_HELD: "weakref.WeakValueDictionary[int, Held]" = weakref.WeakValueDictionary()  # by ticket; a window keeps its own alive
+_HELD: "weakref.WeakValueDictionary[int, Held]" = (
+    weakref.WeakValueDictionary()
+)  # by ticket; a window keeps its own alive
 _GRADIENTS = 64  # of one tensor that nobody has taken yet
 
 
@@ -117,6 +120,8 @@ class Window:
 
     def __init__(self, store: Any, ahead: int) -> None:
         self.store, self.ahead = store, ahead
+        if isinstance(store, FileStore):
+            give_back_freed()
         self.names = itertools.count()
         self._after: dict[tuple[str | None, str | None], str | None] = {}
         self._last: tuple[str | None, str | None] = (None, None)
@@ -392,3 +397,70 @@ def update_of(windows: Sequence[Window]) -> Iterator[None]:
     finally:
         for w in windows:
             w.boundary()
+
+
+# --- activations ---
+
+_WINDOWS: "weakref.WeakValueDictionary[int, Stash]" = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class Stash:
+    """Activations in a store: written in forward, read once in backward, in the reverse order."""
+
+    def __init__(self, store: Any, ahead: int) -> None:
+        self.window = Window(store, ahead)
+        self.places: list[Held] = []
+        self.free: list[bool] = []
+        self.writing = True
+        self.number = next(_NUMBERS)
+        _WINDOWS[self.number] = self
+
+    def put(self, x: Tensor) -> Tensor:
+        """A handle of an activation, under the first key that is free: the same one in every step, so that reading ahead can learn the order."""
+        with _LOCK:
+            if not self.writing:
+                self.window.boundary()
+            self.writing = True
+            i = self.free.index(True) if True in self.free else len(self.free)
+            if i == len(self.free):
+                self.places.append(Held(self.window, f"activation/{i}", Future(), (), x.dtype))
+                self.free.append(False)
+            held = self.places[i]
+            self.free[i] = False
+            _HELD.pop(held.ticket, None)
+            host = x.detach().to("cpu")
+            held.shape, held.dtype = tuple(x.shape), x.dtype
+            held.reference = self.window.put(held.key, _owned(self.window, host))
+            self.window.track(held)
+            return _issue(held)
+
+    def get(self, handle: Tensor) -> Tensor:
+        held = find(handle)
+        with _LOCK:
+            self.writing = False
+            self.free[self.places.index(held)] = True
+        return self.window.get(held)
+
+
+def _put_away(x: Tensor, number: int) -> Tensor:
+    return _WINDOWS[number].put(x)
+
+
+def _bring_back(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, number: int) -> Tensor:
+    return _WINDOWS[number].get(handle).to(device, non_blocking=True)
+
+
+PUT_AWAY = opaque_operator(
+    "offload_put_away",
+    "(Tensor x, int number) -> Tensor",
+    _put_away,
+    lambda x, number: x.new_empty(SHAPE, dtype=torch.float64, device="cpu"),
+)
+
+BRING_BACK = opaque_operator(
+    "offload_bring_back",
+    "(Tensor handle, SymInt[] shape, ScalarType dtype, Device device, int number) -> Tensor",
+    _bring_back,
+    lambda handle, shape, dtype, device, number: torch.empty(shape, dtype=dtype, device=device),
+)

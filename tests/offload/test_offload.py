@@ -266,7 +266,7 @@ torch.set_num_threads(1)
 with FileStore(sys.argv[1], window=2) as store:
     program, params = fds.functionalize(Net(), sites="blocks.*")
     program = fds.chain(fds.offload(store), fds.checkpoint())(program)
-    step = fds.train_step(program, optim.streamed(optim.adamw(1e-3), store, window=1), loss=lambda p, s, b: p(s, b["x"]).square().mean())
+    step = fds.train_step(program, optim.streamed(optim.adamw(1e-4), store, window=1), loss=lambda p, s, b: p(s, b["x"]).square().mean())
     state = step.init(params)
     total = 3 * sum(p.nbytes for p in params.values())
     batch = {"x": torch.randn(8, 512)}
@@ -291,3 +291,23 @@ def test_a_model_of_eight_times_the_budget_trains_inside_it(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     total, peak, first, last = map(float, run.stdout.split())
     assert peak < total / 8 and last < first
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", STORES)
+def test_activations_in_a_store(kind, compiled, tmp_path):
+    if compiled and kind == "host":
+        pytest.skip("one compiled run says it")
+    want = train(fds.checkpoint(), rule("adamw"), steps=4, compiled=compiled)
+    with store_of(kind, tmp_path) as store:
+        got = train(fds.checkpoint(store=store, min_bytes=1), rule("adamw"), steps=4, compiled=compiled)
+        assert store.keys() == ["activation/0", "activation/1"]
+    assert got[0] == want[0] and equal(got[1], want[1])
+
+
+def test_activations_under_torch_func_are_refused(tmp_path):
+    program, params = fds.functionalize(zoo.build("llama"))
+    with FileStore(tmp_path) as store:
+        program = fds.checkpoint(store=store)(program)
+        with pytest.raises(ValueError, match=r"store= under a torch.func"):
+            torch.func.grad(lambda s: program(s, **zoo.batch("llama")).logits.sum())(program.place(params))
