@@ -19,9 +19,12 @@ from fds.transform import Transform, around, at, chain, relayout, through
 __version__ = "0.1.0"
 
 __all__ = [
+    "FileStore",
+    "HostStore",
     "Lens",
     "NonFiniteError",
     "Program",
+    "StoreError",
     "TrainState",
     "TrainStep",
     "Transform",

@@ -48,7 +48,7 @@ class Held:
     shape: tuple[int, ...]
     dtype: torch.dtype
     ticket: int = 0
-    gradients: "OrderedDict[int, tuple[Future[Reference], Tensor]]" = attrs.field(factory=OrderedDict)
+    gradients: "OrderedDict[int, tuple[Held, Tensor]]" = attrs.field(factory=OrderedDict)  # with their squared norms
 
 
 @attrs.frozen(eq=False)
@@ -138,11 +138,11 @@ class Window:
         self._going.append(future)
         return future
 
-    def begin(self, held: Held, reference: Future[Reference] | None = None) -> Future[Tensor]:
-        """Begin to read the tensor, or a gradient by it."""
-        of = (held.reference if reference is None else reference).result()
-        future: Future[Tensor] = self.store.get(of)
-        _noted("read", held.key, of.nbytes, future)
+    def begin(self, held: Held) -> Future[Tensor]:
+        """Begin to read the tensor."""
+        reference = held.reference.result()
+        future: Future[Tensor] = self.store.get(reference)
+        _noted("read", held.key, reference.nbytes, future)
         return future
 
     def settle(self) -> None:
@@ -208,8 +208,8 @@ def rewrite(handle: Tensor, x: Tensor) -> Tensor:
     """The handle of the next generation: `x`, the caller's own and given up by it, in place of what `handle` stands for. `handle` is spent."""
     with _LOCK:
         held = find(handle)
-        for reference, _ in held.gradients.values():
-            _forget(held.window, reference)
+        for gradient, _ in held.gradients.values():
+            _forget(gradient)
         held.gradients.clear()
         held.reference = held.window.put(held.key, x)
         _HELD.pop(held.ticket, None)
@@ -262,9 +262,9 @@ def read(handle: Tensor) -> Tensor:
     return held.window.get(held)
 
 
-def _forget(window: Window, reference: Future[Reference]) -> None:
-    reference.result()
-    window.store.delete(reference.result().key)
+def _forget(held: Held) -> None:
+    held.window.store.delete(held.reference.result().key)
+    _HELD.pop(held.ticket, None)
 
 
 # --- gradients ---
@@ -273,13 +273,15 @@ def _forget(window: Window, reference: Future[Reference]) -> None:
 def _deposit(gradient: Tensor, handle: Tensor) -> Tensor:
     held = find(handle)
     x = gradient.detach().to("cpu")
-    ticket = _ticket()
-    flat = x.reshape(-1).float()
-    reference = held.window.put(f"{held.key}/gradient/{ticket}", _owned(held.window, x))
+    flat, ticket = x.reshape(-1).float(), _ticket()
+    key = f"{held.key}/gradient/{ticket}"
+    reference = held.window.put(key, _owned(held.window, x))
+    new = Held(held.window, key, reference, tuple(x.shape), x.dtype, ticket)
     with _LOCK:
-        held.gradients[ticket] = reference, torch.dot(flat, flat)
+        _HELD[ticket] = new
+        held.gradients[ticket] = new, torch.dot(flat, flat)
         while len(held.gradients) > _GRADIENTS:
-            _forget(held.window, held.gradients.popitem(last=False)[1][0])
+            _forget(held.gradients.popitem(last=False)[1][0])
     return _handle(ticket)
 
 
@@ -300,7 +302,7 @@ def _parts(handle: Tensor, gradient: Tensor) -> list[int]:
 def take_gradient(handle: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
     """Begin to read a gradient; the function waits for it, sums its parts in the order of their arrival."""
     held = find(handle)
-    parts = [held.window.begin(held, held.gradients[t][0]) for t in _parts(handle, gradient)]
+    parts = [held.window.begin(held.gradients[t][0]) for t in _parts(handle, gradient)]
 
     def result() -> Tensor:
         total: Tensor = waited(held.key, parts[0])
@@ -320,7 +322,7 @@ def drop_gradient(handle: Tensor, gradient: Tensor) -> None:
     """Forget a gradient that nobody will take."""
     held = find(handle)
     for t in _parts(handle, gradient):
-        _forget(held.window, held.gradients.pop(t)[0])
+        _forget(held.gradients.pop(t)[0])
 
 
 def _square(handle: Tensor, gradient: Tensor) -> Tensor:
@@ -391,7 +393,7 @@ SQUARE = opaque_operator(
 
 @contextmanager
 def update_of(windows: Sequence[Window]) -> Iterator[None]:
-    """Around an update: afterwards all is written, and nothing is read ahead of what it wrote."""
+    """Around an update: nothing is read ahead of what it writes."""
     try:
         yield
     finally:

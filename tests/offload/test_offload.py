@@ -105,7 +105,8 @@ def test_a_step_that_is_skipped_writes_nothing(kind, tmp_path):
     want = train(None, rule("adamw"), steps=4, bad=2)
     with store_of(kind, tmp_path) as store:
         got = train(fds.offload(store), optim.streamed(rule("adamw"), store), steps=4, bad=2)
-        assert not [k for k in store.keys() if "gradient" in k], "gradients were left behind"
+        keys = store.keys()
+        assert not [k for k in keys if "gradient" in k], "gradients were left behind"
     assert got[2] == want[2] and equal(got[1], want[1])
 
 
@@ -183,7 +184,7 @@ def test_what_cannot_be_is_an_error(tmp_path):
         step(new, batch)
         stored = away.place(params)
         stored[""] = {k: v * 2 for k, v in stored[""].items()}
-        with pytest.raises(ValueError, match="spent|no handle"):
+        with pytest.raises(ValueError, match=r"spent|no handle"):
             away(stored, **batch)
 
 
@@ -200,7 +201,7 @@ def test_gradients_are_handles_that_can_be_read(tmp_path):
         want = fds.value_and_grad(loss(program), wrt=program)(program.place(params))[1]
         got = fds.value_and_grad(loss(away), wrt=away)(stored)[1]
         for site, part in want.items():
-            flat = torch.cat([g.reshape(-1) for g in part.values()])
+            flat = torch.cat([g.reshape(-1) for k, g in part.items() if program.sites[site].spec[k].requires_grad])
             (key,) = away.sites[site].handles
             assert torch.equal(read_gradient(stored[site][key], got[site][key]), flat)
         with pytest.raises(ValueError, match="scaled, taken already"):
