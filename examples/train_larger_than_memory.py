@@ -2,12 +2,13 @@
 
     python examples/train_larger_than_memory.py --path /fast/disk
 
-Prints the plan before it starts, and how much of the reading and writing hid behind computing; draws it as `timeline.png`.
+Prints the plan before it starts, and how much of the reading and writing hid behind computing; draws it.
 """
 
 import argparse
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,7 +25,7 @@ def model(width: int, layers: int) -> LlamaForCausalLM:
         "num_hidden_layers": layers,
         "num_attention_heads": 8,
     }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=1024, **sizes, max_position_embeddings=128))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes, max_position_embeddings=128))
 
 
 def draw(events: list, name: str) -> None:
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--out", default="out/timeline.png", help="the picture of the last step")
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=args.path) as path, FileStore(path) as store:
@@ -61,7 +63,7 @@ def main() -> None:
         print(plan(step, budget=total // 8))
         state = step.init(params)
         del params, program
-        batch = {"input_ids": torch.randint(1024, (4, 64))}
+        batch = {"input_ids": torch.randint(256, (4, 64))}
         for i in range(args.steps):
             begun = time.perf_counter()
             with record() as events:
@@ -73,7 +75,8 @@ def main() -> None:
         print(
             f"{moved:.0f} MiB moved; of {busy:.2f} s of reading and writing, {max(0, 1 - waits / busy):.0%} behind computing"
         )
-        draw(events, "timeline.png")
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        draw(events, args.out)
 
 
 if __name__ == "__main__":

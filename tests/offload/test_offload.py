@@ -12,6 +12,7 @@ import zoo
 import fds
 from fds import optim, tree
 from fds.offload import FileStore, HostStore, read_gradient
+from fds.offload.plan import plan
 
 STORES = ["host", "file"]
 
@@ -249,6 +250,7 @@ from pathlib import Path
 import fds
 from fds import optim
 from fds.offload import FileStore
+from fds.offload.plan import plan
 
 def status(name):
     return int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -279,7 +281,7 @@ with FileStore(sys.argv[1], window=2) as store:
     before = status("VmRSS")
     for _ in range(3):
         state, metrics = step(state, batch)
-    print(total, status("VmHWM") - before, float(first["loss"]), float(metrics["loss"]))
+    print(total, status("VmHWM") - before, plan(step).total, float(first["loss"]), float(metrics["loss"]))
 """
 
 
@@ -290,8 +292,9 @@ def test_a_model_of_eight_times_the_budget_trains_inside_it(tmp_path):
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    total, peak, first, last = map(float, run.stdout.split())
+    total, peak, planned, first, last = map(float, run.stdout.split())
     assert peak < total / 8 and last < first
+    assert planned < total / 8 and peak < planned + 2**23, "activations of 64 layers are 1 MB, what stays is 7"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -312,3 +315,24 @@ def test_activations_under_torch_func_are_refused(tmp_path):
         program = fds.checkpoint(store=store)(program)
         with pytest.raises(ValueError, match=r"store= under a torch.func"):
             torch.func.grad(lambda s: program(s, **zoo.batch("llama")).logits.sum())(program.place(params))
+
+
+def test_a_plan_is_what_the_specs_say(tmp_path):
+    """Two blocks of one size and a root: closed forms."""
+    program, params = fds.functionalize(zoo.build("llama"))
+    n = {s: sum(v.nbytes for v in p.spec.values() if v.requires_grad) for s, p in program.sites.items()}
+    everything, largest = sum(n.values()), max(n.values())
+    with FileStore(tmp_path) as store:
+        away = fds.chain(fds.offload(store, window=1), fds.checkpoint())(program)
+        found = plan(fds.train_step(away, optim.streamed(optim.adamw(1e-3), store, window=1)))
+        stay = sum(v.nbytes for p in away.sites.values() for k, v in p.spec.items() if k not in p.handles)
+        assert found.files == 3 * everything and found.always["parameters that stay"] == stay
+        assert found.gradient == {"parameters in use": 2 * largest, "parameters read ahead": largest, "gradients on their way": 3 * largest}  # fmt: skip
+        assert found.update == {"leaves read": 8 * largest, "leaves written": 6 * largest}
+        assert "in memory, at most" in str(found)
+        kept = plan(fds.train_step(fds.offload(store)(program), optim.streamed(optim.adamw(1e-3), store)))
+        assert kept.gradient["parameters in use"] == everything
+        with pytest.raises(ValueError, match=r"bytes in memory, and the budget is 1,000"):
+            plan(fds.train_step(away, optim.streamed(optim.adamw(1e-3), store)), budget=1000)
+    plain = plan(fds.train_step(program, optim.adamw(1e-3)))
+    assert plain.files == 0 and 4 * everything <= plain.total <= 4 * everything + stay + 100
