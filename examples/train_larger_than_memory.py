@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fds
@@ -30,18 +31,14 @@ def model(width: int, layers: int) -> LlamaForCausalLM:
 
 def draw(events: list, name: str) -> None:
     """A row each for computing, reading and writing; computing is when nobody waits for a file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    start = min(e.start for e in events)
-    figure, axes = pyplot.subplots(figsize=(10, 2.4), layout="constrained")
+    start, figure = min(e.start for e in events), Figure(figsize=(10, 2.4), layout="constrained")
+    axes = figure.subplots()
     for row, (kind, color) in enumerate({"write": "tab:orange", "read": "tab:blue", "wait": "tab:red"}.items()):
         spans = [(e.start - start, e.stop - e.start) for e in events if e.kind == kind]
         axes.broken_barh(spans, (row, 0.8), color=color, alpha=0.6)
     axes.set_yticks([0.4, 1.4, 2.4], ["writing", "reading", "waiting for either"])
     axes.set_xlabel("seconds of one step")
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(name, dpi=120)
 
 
@@ -69,13 +66,9 @@ def main() -> None:
             with record() as events:
                 state, metrics = step(state, batch)
             print(f"step {i}: loss {float(metrics['loss']):.3f}, {time.perf_counter() - begun:.2f} s")
-        busy = sum(e.stop - e.start for e in events if e.kind != "wait")
-        waits = sum(e.stop - e.start for e in events if e.kind == "wait")
-        moved = sum(e.nbytes for e in events) / 2**20
-        print(
-            f"{moved:.0f} MiB moved; of {busy:.2f} s of reading and writing, {max(0, 1 - waits / busy):.0%} behind computing"
-        )
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        took = {k: sum(e.stop - e.start for e in events if e.kind == k) for k in ("read", "write", "wait")}
+        disk = took["read"] + took["write"]
+        print(f"{disk:.2f} s of reading and writing, {max(0, 1 - took['wait'] / disk):.0%} of it behind computing")
         draw(events, args.out)
 
 

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fds
 
-
 HOST = fds.HostStore()
 
 

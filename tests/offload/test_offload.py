@@ -319,7 +319,7 @@ def test_activations_under_torch_func_are_refused(tmp_path):
 
 def test_a_plan_is_what_the_specs_say(tmp_path):
     """Two blocks of one size and a root: closed forms."""
-    program, params = fds.functionalize(zoo.build("llama"))
+    program, _ = fds.functionalize(zoo.build("llama"))
     n = {s: sum(v.nbytes for v in p.spec.values() if v.requires_grad) for s, p in program.sites.items()}
     everything, largest = sum(n.values()), max(n.values())
     with FileStore(tmp_path) as store:
