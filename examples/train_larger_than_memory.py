@@ -30,7 +30,7 @@ def model(width: int, layers: int) -> LlamaForCausalLM:
 
 
 def draw(events: list, name: str) -> None:
-    """A row each for computing, reading and writing; computing is when nobody waits for a file."""
+    """A row each for writing, reading, and waiting for either; where it does not wait, the step computes."""
     start, figure = min(e.start for e in events), Figure(figsize=(10, 2.4), layout="constrained")
     axes = figure.subplots()
     for row, (kind, color) in enumerate({"write": "tab:orange", "read": "tab:blue", "wait": "tab:red"}.items()):
