@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format examples bench-train gpu kernels clean
+.PHONY: demo test lint format examples bench-train bench-io gpu kernels clean
 
 # torch first and by itself: the constraint then keeps every later install from looking for another build of it.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -36,10 +36,16 @@ examples: $(VENV)/ready
 	$(BIN)/python examples/write_a_lens.py
 	$(BIN)/python examples/per_sample_gradients.py
 	$(BIN)/python examples/write_an_operator.py
+	$(BIN)/python examples/train_larger_than_memory.py --width 64 --layers 48 --steps 2
 
 bench-train: $(VENV)/ready .venv-peers/ready
 	$(BIN)/python benchmarks/train.py --peer-python .venv-peers/bin/python
 	$(BIN)/python benchmarks/report.py
+
+# DeepSpeed's aio_handle is compiled by its first use: libaio and its headers have to be there (and fio, as a third contender).
+bench-io: $(VENV)/ready .venv-peers/ready
+	mkdir -p out/io
+	$(BIN)/python benchmarks/io_throughput.py --path out/io --peer-python .venv-peers/bin/python --json benchmarks/results/io.json
 
 # Operators on this machine's GPU against their floors; shortened, and said so, where there is none. No set-up: a GPU machine has its own torch.
 gpu:

@@ -8,7 +8,7 @@ from fds.functional import functionalize
 from fds.generate import decode, generate
 from fds.grad import value_and_grad
 from fds.lora import fuse_lora, lora
-from fds.offload import offload
+from fds.offload import FileStore, HostStore, StoreError, offload
 from fds.precision import cast
 from fds.program import Lens, Program
 from fds.remat import checkpoint
@@ -19,9 +19,12 @@ from fds.transform import Transform, around, at, chain, relayout, through
 __version__ = "0.1.0"
 
 __all__ = [
+    "FileStore",
+    "HostStore",
     "Lens",
     "NonFiniteError",
     "Program",
+    "StoreError",
     "TrainState",
     "TrainStep",
     "Transform",

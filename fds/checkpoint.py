@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fds import tree
+from fds.offload.handles import is_handle
 from fds.program import Program
 from fds.train import TrainState, TrainStep
 from fds.tree import Params, Stored
@@ -321,6 +322,11 @@ def save_state(directory: Directory, step: TrainStep, state: TrainState) -> None
     The manifest `state.json` is renamed last and decides which files count; those of older saves are removed after that. Every rank has
     to call it.
     """
+    away = next((k for k, v in _paths(state) if is_handle(v)), None)
+    if away is not None:
+        raise ValueError(
+            f"save_state: {away} is in a store, and the state has only its handle, which dies with this process; save the parameters with fds.save, or train without offload to a store if runs have to be resumed"
+        )
     folder = _prepare(directory)
     stamp = _agreed(uuid.uuid4().hex)
     name = f"state-{stamp}-rank{_rank()}.safetensors"

@@ -84,7 +84,9 @@ class CompiledStep:
     """A train step as one graph. Called like the step itself; `init` and the other attributes are the step's."""
 
     def __init__(self, step: Any, donate: bool, keep_memory: bool, options: dict[str, Any]) -> None:
-        self.step, self.donate, self.keep_memory = step, donate, keep_memory
+        self.step, self.donate = step, donate
+        away = any(p.handles for p in step.program.sites.values())  # then memory is what is short, not time
+        self.keep_memory = keep_memory and not away and not torch.cuda.is_available()
 
         def body(leaves: list[Tensor], batch: Any) -> Any:
             return ([], step.over(leaves, batch)) if donate else step.region(leaves, batch)
@@ -98,7 +100,7 @@ class CompiledStep:
         if torch.compiler.is_compiling():
             return self.step(state, batch)
         leaves: list[Tensor] = self.step.check(state, batch)
-        if self.keep_memory and leaves[0].device.type == "cpu":
+        if self.keep_memory:
             keep_freed()
         new, metrics = self._compiled(leaves, batch)
         if self.donate:

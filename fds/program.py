@@ -29,6 +29,7 @@ class Lens(NamedTuple):
     * `get`: stored -> logical. Runs in every call and is traced; its derivative is the gradient's way back.
     * `restore`: stored -> logical, exactly, outside of training (export, relayout). Default: `get`.
     * `axes`: the mesh axes over which a stored leaf is split; sums over the whole leaf reduce over them.
+    * `handles`: stored leaves that stand for tensors elsewhere, and where those are (`fds.offload`). No later lens can change them.
     """
 
     put: Callable[[Params], Params]
@@ -36,6 +37,7 @@ class Lens(NamedTuple):
     tol: float = 0.0
     restore: Callable[[Params], Params] | None = None
     axes: Mapping[str, tuple["Axis", ...]] = {}
+    handles: Mapping[str, Any] = {}
 
 
 class Axis(Protocol):
@@ -90,6 +92,7 @@ class Program:
         str, frozenset[str]
     ] = {}  # leaves by property: "buffer", "transient" (not saved), "transposed" ([in, out] weights)
     axes: Mapping[str, tuple[Axis, ...]] = {}  # of one site: the axes over which a stored leaf is split
+    handles: Mapping[str, Any] = {}  # of one site: stored leaves that stand for tensors in a store -> where those are
     data_axes: tuple[Axis, ...] = ()  # the axes over which ranks see different rows of the batch
     stack: tuple["Transform", ...] = ()  # of one site: the transforms that changed its representation
     tol: float = 0.0

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fds import tree
 from fds._torch import inside_functorch
 from fds.frame import FRAME, Apply, Draws, Frame, scoped
+from fds.offload.handles import BRING_BACK, PUT_AWAY, Stash
 from fds.transform import Transform, around, direct
 
 Policy = str | Callable[[Any], bool] | None
@@ -26,7 +27,7 @@ _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attentio
 
 
 @direct
-def checkpoint(policy: Policy = None) -> Transform:
+def checkpoint(policy: Policy = None, *, store: Any = None, window: int = 1, min_bytes: int = 2**16) -> Transform:
     """Keep only the inputs of every site in forward, and compute the site again in backward.
 
     Outside of `shard` (later in the chain) it drops the gathered weights as well and gathers them again; inside of it, it keeps them.
@@ -34,14 +35,19 @@ def checkpoint(policy: Policy = None) -> Transform:
     Args:
         policy: what a site keeps besides its inputs: None (nothing), ``"matmul"`` (the results of matrix products and attention), or a
             predicate on operators (``torch.ops.aten.mm.default`` ...) that says which results to keep.
+        store: a `FileStore` or `HostStore`: inputs of `min_bytes` and more that take gradients (a block's hidden states, not its parameters) are
+            kept there, and read `window` sites ahead in backward. Not under `torch.func` transformations, where nothing tells inputs that
+            take gradients from others.
 
     Law: values and gradients are those of the program without it, bitwise in eager.
     """
     keep = _predicate(policy)
+    stash = None if store is None else Stash(store, window)
+    options = {} if policy is None else {"policy": policy}
     return around(
-        lambda apply: _recomputed(apply, keep),
+        lambda apply: _recomputed(apply, keep, stash, min_bytes),
         name="checkpoint",
-        options={} if policy is None else {"policy": policy},
+        options=options | ({} if store is None else {"store": store, "window": window, "min_bytes": min_bytes}),
         provides=["checkpoint"],
         conflicts=["checkpoint", "whole"],
     )
@@ -57,13 +63,21 @@ def _predicate(policy: Policy) -> Callable[[Any], bool] | None:
     return lambda op: getattr(getattr(op, "overloadpacket", op), "__name__", "") in _MATMULS
 
 
-def _recomputed(apply: Apply, keep: Callable[[Any], bool] | None) -> Apply:
+def _recomputed(apply: Apply, keep: Callable[[Any], bool] | None, stash: Stash | None, min_bytes: int) -> Apply:
     def run(*args: Any, **kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
+        parameters = len(pytree.tree_leaves(args[:1]))
         where = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
         if not inside_functorch() and not (torch.is_grad_enabled() and any(flat[i].requires_grad for i in where)):
             return apply(*args, **kwargs)
-        call = _Call(apply, flat, spec, where, keep, inside_functorch())
+        if stash is not None and inside_functorch():
+            raise ValueError(
+                "checkpoint: store= under a torch.func transformation; use fds.value_and_grad, or leave the store out"
+            )
+        away = (
+            [i >= parameters and flat[i].requires_grad and flat[i].nbytes >= min_bytes for i in where] if stash else []
+        )
+        call = _Call(apply, flat, spec, where, keep, inside_functorch(), stash=stash, away=away)
         results = iter(_Recompute.apply(call, *[flat[i] for i in where]))
         return pytree.tree_unflatten([next(results) if o is _TENSOR else o for o in call.outputs], call.out_spec)
 
@@ -87,6 +101,8 @@ class _Call:
     drawn: int = attrs.field(factory=lambda: FRAME.get().draws.count)  # before the call: every run of it begins there
     outputs: list[Any] = attrs.field(factory=list[Any])
     out_spec: Any = None
+    stash: Stash | None = None
+    away: list[bool] = attrs.field(factory=list[bool])  # which tensors go to the stash
     kept: list[Any] = attrs.field(factory=list[Any])  # results that the policy keeps, in the order of their operators
 
     def __attrs_post_init__(self) -> None:
@@ -170,14 +186,21 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+        call = ctx.call = inputs[0]
+        tensors = list(inputs[1:])
+        if call.stash is not None:
+            ctx.shapes = [(t.shape, t.dtype, t.device) for t in tensors]
+            for i, away in enumerate(call.away):
+                tensors[i] = PUT_AWAY(tensors[i].detach(), call.stash.number) if away else tensors[i]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
         ctx.mark_non_differentiable(*[o for o in output if not o.is_floating_point()])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, list(ctx.saved_tensors)
+        for i, away in enumerate(call.away):
+            saved[i] = BRING_BACK(saved[i], *ctx.shapes[i], call.stash.number) if away else saved[i]
         needs = ctx.needs_input_grad[1:]
         places = [i for i, t in enumerate(saved) if t.is_floating_point() and (call.functorch or needs[i])]
         pull = _pull_functorch if call.functorch else _pull_autograd

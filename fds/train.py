@@ -12,6 +12,7 @@ from fds.compiling import traced
 from fds.frame import scoped, with_updates
 from fds.grad import value_and_grad
 from fds.lowering import lowered
+from fds.offload.handles import SQUARE as square_of_handle
 from fds.optim import Optimizer
 from fds.optim.base import chosen, guarded_step
 from fds.program import Axis, Program
@@ -159,6 +160,12 @@ def train_step(
         raise ValueError(
             f"train_step: optim.sharded over {tx.axis!r} is for parameters that every rank holds whole; this program's {list(program.history)} reduces its gradients already; pass the optimizer without sharded()"
         )
+    if tx.step is None or not getattr(tx.step, "takes_handles", False):
+        away = [tree.qualified(s, k) for s, p in program.sites.items() for k in p.handles if p.spec[k].requires_grad]
+        if away:
+            raise ValueError(
+                f"train_step: the parameters behind {away[0]!r} are in a store, and this optimizer would update their handles; use optim.streamed(tx, store)"
+            )
     return TrainStep(program, tx, loss, microbatches, on_nonfinite, seed)
 
 
@@ -166,13 +173,13 @@ def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tu
     program, tx = step.program, step.tx
     value, local, updates, aux = _accumulate(step, state, batch)
     grads = tx.reduce(local)
-    squares = _squares(step, grads)
+    old = program.trainable(state.params)
+    squares = _squares(step, grads, old)
     norm = squares[1].sum().sqrt()
     ok = torch.isfinite(value) & torch.isfinite(norm)
-    old = program.trainable(state.params)
 
     def norm_of(g: Any) -> Tensor:  # what a chain has scaled before has another norm
-        return norm if g is grads else _squares(step, g)[1].sum().sqrt()
+        return norm if g is grads else _squares(step, g, old)[1].sum().sqrt()
 
     trained, optimizer = guarded_step(tx, grads, state.optimizer, old, norm=norm_of, ok=ok, donated=donated)
     buffers = {s: chosen(ok, part, {k: state.params[s][k] for k in part}) for s, part in updates.items()}
@@ -251,13 +258,14 @@ def _mean(x: Any, axes: tuple[Axis, ...]) -> Any:
     return x
 
 
-def _squares(step: TrainStep, grads: Any) -> tuple[list[str], Tensor]:
+def _squares(step: TrainStep, grads: Any, params: Stored) -> tuple[list[str], Tensor]:
     """Names of the gradient's leaves, and the sum of squares of each, over all the ranks it is split over: [leaves] float32."""
     if step.tx.axis is not None:
         return _summed(grads, dict.fromkeys(grads, (step.tx.axis,)))
     sites = step.program.sites
     split = {s: {k: sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()}
-    return _summed(tree.named(grads), tree.named(split))
+    away = {tree.qualified(s, k): params[s][k] for s, part in grads.items() for k in part if k in sites[s].handles}
+    return _summed(tree.named(grads), tree.named(split), away)
 
 
 def _by_leaf(step: TrainStep, local: Stored, squares: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
@@ -266,16 +274,20 @@ def _by_leaf(step: TrainStep, local: Stored, squares: tuple[list[str], Tensor]) 
     return squares if axis is None else _summed(leaves, dict.fromkeys(leaves, (axis,)))
 
 
-def _summed(leaves: Mapping[str, Tensor], over: Mapping[str, tuple[Axis, ...]]) -> tuple[list[str], Tensor]:
-    """The sum of squares of every leaf, over its axes; one small reduction per set of axes.
+def _summed(leaves: Mapping[str, Tensor], over: Mapping[str, tuple[Axis, ...]], away: Mapping[str, Tensor] | None = None) -> tuple[list[str], Tensor]:  # fmt: skip
+    """The sum of squares of every leaf, over its axes; one small reduction per set of axes. `away`: the parameters of those that are handles.
 
     One vector all the way: a stack of many scalars took Inductor a hundred seconds to compile (57 leaves, torch 2.13).
     """
     names: list[str] = []
     sums: list[Tensor] = []
+    away = away or {}
     for axes in dict.fromkeys(over.values()):
-        keys = [k for k in leaves if over[k] == axes]
-        part = tree.square_sums([leaves[k] for k in keys])
+        here = [k for k in leaves if over[k] == axes and k not in away]
+        there = [k for k in leaves if over[k] == axes and k in away]
+        keys = here + there
+        parts = [tree.square_sums([leaves[k] for k in here])] if here else []
+        part = torch.cat([*parts, *(square_of_handle(away[k], leaves[k]) for k in there)])
         for a in axes:
             part = a.sum(part)
         names, sums = names + keys, [*sums, part]

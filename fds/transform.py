@@ -104,6 +104,10 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
     """Program `p` with its parameters stored through `lens`. Buffers are stored as they are."""
     if lens is None:
         return p
+    if p.handles:
+        raise ValueError(
+            f"{transform!r} cannot follow {p.stack[-1]!r}: the parameters are in a store already, and it would change their handles; the order that works: chain(..., {transform!r}, {p.stack[-1]!r})"
+        )
     buffers = p.marks.get("buffer", frozenset())
 
     def lift(f: Callable[[Params], Params], stored: Params) -> Params:
@@ -136,6 +140,7 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
         apply=apply,
         restore=restore,
         axes={**{k: v for k, v in p.axes.items() if k in spec}, **lens.axes},
+        handles=lens.handles,
         stack=(*p.stack, transform),
         tol=max(p.tol, lens.tol),
         peel=peel,

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fds
 
+HOST = fds.HostStore()
+
 
 def table(axis, targets="*.q_proj"):
     """Name -> transformation. `axis` is the data axis, `targets` a linear layer of the family."""
@@ -27,6 +29,8 @@ def table(axis, targets="*.q_proj"):
         "checkpoint, shard": fds.chain(fds.checkpoint(), fds.shard(axis)),
         "offload": fds.offload("cpu"),
         "offload, shard, checkpoint": fds.chain(fds.shard(axis), fds.offload("cpu"), fds.checkpoint()),
+        "store": fds.offload(HOST),
+        "shard, store, checkpoint": fds.chain(fds.shard(axis), fds.offload(HOST, ratio=0.7), fds.checkpoint()),
         "cast": fds.cast("bfloat16"),
         "shard, cast, checkpoint": fds.chain(fds.shard(axis), fds.cast("bfloat16"), fds.checkpoint()),
         "lora": fds.lora(rank=2, targets=targets),
@@ -35,7 +39,7 @@ def table(axis, targets="*.q_proj"):
     }
 
 
-EXACT = ("nothing", "shard", "shard small whole", "replicate", "checkpoint", "checkpoint matmul", "shard, checkpoint", "checkpoint, shard", "offload", "offload, shard, checkpoint", "at")  # fmt: skip
+EXACT = ("nothing", "shard", "shard small whole", "replicate", "checkpoint", "checkpoint matmul", "shard, checkpoint", "checkpoint, shard", "offload", "offload, shard, checkpoint", "store", "shard, store, checkpoint", "at")  # fmt: skip
 
 
 def setting(family, name, *, training=False):
@@ -244,7 +248,7 @@ def memory(blocks, name):
     assert blocks * (2 * shard + kept) < live.peak <= allowed, (live.peak, allowed)
 
 
-CHAINABLE = ("shard", "checkpoint", "cast", "lora", "offload", "replicate", "at", "fuse")
+CHAINABLE = ("shard", "checkpoint", "cast", "lora", "offload", "store", "replicate", "at", "fuse")
 
 
 def any_chain(names):
@@ -256,6 +260,7 @@ def any_chain(names):
         "cast": lambda: fds.cast("bfloat16"),
         "lora": lambda: fds.lora(rank=2, targets="*.q_proj"),
         "offload": fds.offload,
+        "store": lambda: fds.offload(HOST),
         "replicate": lambda: fds.replicate(axis),
         "at": lambda: fds.at("*.mlp", fds.checkpoint()),
         "fuse": fds.fuse_lora,
@@ -293,6 +298,8 @@ def ten_steps(family, name, microbatches=1, how="eager", optimizer="adamw", trai
         "offloaded": fds.optim.offloaded(tx),
         "sharded": fds.optim.sharded(tx, axis),
         "sharded offloaded": fds.optim.sharded(fds.optim.offloaded(tx), axis),
+        "streamed": fds.optim.streamed(tx, HOST),
+        "sharded streamed": fds.optim.sharded(fds.optim.streamed(tx, HOST), axis),
     }[optimizer]
     step = fds.train_step(program, tx, loss=zoo.loss, microbatches=microbatches, seed=5)
     run = fds.compile(step) if how == "compiled" else step

@@ -73,6 +73,7 @@ def test_adapter_gradients(family):
         "shard, checkpoint",
         "checkpoint, shard",
         "offload, shard, checkpoint",
+        "shard, store, checkpoint",
         "shard, cast, checkpoint",
     ],
 )
@@ -135,6 +136,8 @@ def test_ten_steps_on_two_ranks_follow_one_process():
         ("shard", "offloaded"),
         ("nothing", "sharded"),
         ("nothing", "sharded offloaded"),
+        ("shard, store, checkpoint", "streamed"),
+        ("nothing", "sharded streamed"),
         ("replicate", "adamw"),
     ]:
         follows(ranks.run(2, laws.ten_steps, "llama", name, 1, "eager", optimizer)[0], want, 1e-5)

@@ -4,8 +4,9 @@ from fds.optim.base import Optimizer, apply_updates, chain, get_hyperparams, set
 from fds.optim.placement import offloaded, sharded
 from fds.optim.rules import adamw, adamw8bit, clip_by_global_norm, lion, scale, scale_by_schedule, sgd
 from fds.optim.schedules import constant, linear_warmup, warmup_cosine
+from fds.optim.streaming import streamed
 
 __all__ = [
     "Optimizer", "adamw", "adamw8bit", "apply_updates", "chain", "clip_by_global_norm", "constant", "get_hyperparams", "linear_warmup", "lion", "offloaded", "scale", "scale_by_schedule",
-    "set_hyperparams", "sgd", "sharded", "warmup_cosine",
+    "set_hyperparams", "sgd", "sharded", "streamed", "warmup_cosine",
 ]  # fmt: skip

@@ -35,10 +35,12 @@ class Update(Protocol):
     def __call__(self, grads: Any, state: Any, params: Any, *, norm: Norm = ...) -> tuple[Any, Any]: ...
 
 
-class InPlace(Protocol):
-    """How an optimizer's `in_place` is called. Its result is None where it has no way to do it for these tensors, which it then leaves alone."""
+class Step(Protocol):
+    """How an optimizer's `step` is called. Its result is None where it has no way of its own for these tensors, which it then leaves alone."""
 
-    def __call__(self, grads: Any, state: Any, params: Any, *, norm: Norm, ok: Tensor) -> tuple[Any, Any] | None: ...
+    def __call__(
+        self, grads: Any, state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool
+    ) -> tuple[Any, Any] | None: ...
 
 
 def _as_they_are(grads: Any) -> Any:
@@ -52,20 +54,20 @@ class Optimizer(NamedTuple):
     * `update(grads, state, params, norm=f) -> (updates, state)`. `norm(grads)` is the global L2 norm; the caller passes one that is right
       over shards. The default is that of the tree alone.
     * `reduce(grads) -> grads`: gradients as `update` takes them. `sharded` reduce-scatters here; then leaves are split over `axis`.
-    * `in_place(grads, state, params, norm=f, ok=ok) -> (params, state)`: update and addition at once, written over `state` and `params`; nothing
-      changes where the 0-D bool `ok` is False. For steps that own their state, see `guarded_step`.
+    * `step(grads, state, params, norm=f, ok=ok, donated=d) -> (params, state)`: update and addition at once; nothing changes where the 0-D bool
+      `ok` is False. With `donated` it may write over `state` and `params`. See `guarded_step`.
     """
 
     init: Callable[[Any], Any]
     update: Update
     reduce: Callable[[Any], Any] = _as_they_are
     axis: Axis | None = None
-    in_place: InPlace | None = None
+    step: Step | None = None
 
 
 def guarded_step(tx: Optimizer, grads: Any, state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any]:  # fmt: skip
     """New parameters and state where `ok`, the old ones where not. With `donated` they may be written over the old ones."""
-    done = tx.in_place(grads, state, params, norm=norm, ok=ok) if donated and tx.in_place is not None else None
+    done = None if tx.step is None else tx.step(grads, state, params, norm=norm, ok=ok, donated=donated)
     if done is not None:
         return done
     updates, new = tx.update(grads, state, params, norm=norm)
@@ -99,19 +101,21 @@ def chain(*optimizers: Optimizer) -> Optimizer:
             states.append(s)
         return grads, tuple(states)
 
-    last = optimizers[-1].in_place if optimizers else None
+    last = optimizers[-1].step if optimizers else None
     if last is None:
         return Optimizer(init, update)
 
-    def in_place(grads: Any, state: tuple[Any, ...], params: Any, *, norm: Norm, ok: Tensor) -> tuple[Any, Any] | None:
+    def step(
+        grads: Any, state: tuple[Any, ...], params: Any, *, norm: Norm, ok: Tensor, donated: bool
+    ) -> tuple[Any, Any] | None:
         states: list[Any] = []
         for o, s in zip(optimizers[:-1], state, strict=False):
             grads, new = o.update(grads, s, params, norm=norm)
             states.append(chosen(ok, new, s))
-        done = last(grads, state[-1], params, norm=norm, ok=ok)
+        done = last(grads, state[-1], params, norm=norm, ok=ok, donated=donated)
         return None if done is None else (done[0], (*states, done[1]))
 
-    return Optimizer(init, update, in_place=in_place)
+    return Optimizer(init, update, step=step)
 
 
 def stateless(f: Callable[[Any, Any], Any]) -> Optimizer:

@@ -45,7 +45,15 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
         gathered = {k: collectives.gather(u.to(mine[k].dtype), axis) for k, u in updates.items()}
         return _unflat(gathered, params), state
 
-    return Optimizer(init, update, reduce, axis)
+    def step(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any] | None:  # fmt: skip
+        mine = own(params)
+        _check_shards(grads, mine)
+        done = None if tx.step is None else tx.step(grads, state, mine, norm=norm, ok=ok, donated=donated)
+        if done is None:
+            return None
+        return _unflat({k: collectives.gather(v, axis) for k, v in done[0].items()}, params), done[1]
+
+    return Optimizer(init, update, reduce, axis, step if tx.step is not None else None)
 
 
 def _check_shards(grads: Any, mine: dict[str, Tensor]) -> None:

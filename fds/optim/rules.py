@@ -80,17 +80,19 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
             step = tree.map(lambda g, m: (g + h["momentum"] * m).to(m.dtype), grads, step) if nesterov else step
         return tree.map(lambda s: (-rate * s).to(s.dtype), step), RuleState(state.updates + 1, moments, h)
 
-    def in_place(grads: Any, state: RuleState, params: Any, *, norm: Norm, ok: Tensor) -> tuple[Any, RuleState] | None:
+    def in_place(
+        grads: Any, state: RuleState, params: Any, *, norm: Norm, ok: Tensor, donated: bool
+    ) -> tuple[Any, RuleState] | None:
         check_like(grads, params)
         p, g, m = tree.leaves(params), tree.leaves(grads), tree.leaves(state.moments)
-        if not kernels.fits(p, g, *([m] if momentum else [])):
+        if not donated or not kernels.fits(p, g, *([m] if momentum else [])):
             return None
         h, none = state.hyper, torch.zeros((), dtype=torch.float64)
         rate, decay = _rate(learning_rate, state), h["weight_decay"]
         kernels.sgd(p, g, m, rate, h["momentum"] if momentum else none, decay, nesterov, ok)
         return params, state._replace(updates=state.updates + ok)
 
-    return Optimizer(init, update, in_place=in_place)
+    return Optimizer(init, update, step=in_place)
 
 
 def adamw(
@@ -138,17 +140,19 @@ def adamw(
 
         return tree.map(step, mu, nu, params), RuleState(count, {"mu": mu, "nu": nu}, h)
 
-    def in_place(grads: Any, state: RuleState, params: Any, *, norm: Norm, ok: Tensor) -> tuple[Any, RuleState] | None:
+    def in_place(
+        grads: Any, state: RuleState, params: Any, *, norm: Norm, ok: Tensor, donated: bool
+    ) -> tuple[Any, RuleState] | None:
         check_like(grads, params)
         mu, nu = (tree.leaves(state.moments[k]) for k in ("mu", "nu"))
         p, g = tree.leaves(params), tree.leaves(grads)
-        if not kernels.fits(p, g, mu, nu):
+        if not donated or not kernels.fits(p, g, mu, nu):
             return None
         h, rate = state.hyper, _rate(learning_rate, state)
         kernels.adamw(p, g, mu, nu, rate, h["b1"], h["b2"], h["eps"], h["weight_decay"], state.updates + 1, ok)
         return params, state._replace(updates=state.updates + ok)
 
-    return Optimizer(init, update, in_place=in_place)
+    return Optimizer(init, update, step=in_place)
 
 
 def lion(learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, rounding_seed: int | None = None) -> Optimizer:  # fmt: skip

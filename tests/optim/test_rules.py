@@ -280,14 +280,14 @@ def test_in_place_equals_the_update_and_skips(name, dtype):
             want = optim.apply_updates(want, updates)
         p, state = guarded_step(tx, g, state, p, norm=tree.norm, ok=torch.tensor(ok), donated=True)
     close((p, state), (want, kept))
-    if tx.in_place is not None and dtype != torch.bfloat16:
+    if tx.step is not None and dtype != torch.bfloat16:
         assert [x.data_ptr() for x in tree.leaves(p)] == homes
 
 
 def test_rules_and_chains_have_an_in_place_form():
     clip = optim.clip_by_global_norm(1.0)
-    assert optim.adamw(0.1).in_place and optim.sgd(0.1).in_place and optim.chain(clip, optim.adamw(0.1)).in_place
-    assert optim.chain(optim.adamw(0.1), clip).in_place is None and optim.chain().in_place is None
+    assert optim.adamw(0.1).step and optim.sgd(0.1).step and optim.chain(clip, optim.adamw(0.1)).step
+    assert optim.chain(optim.adamw(0.1), clip).step is None and optim.chain().step is None
 
 
 def test_lion_is_its_formula():

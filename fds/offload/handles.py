@@ -1,0 +1,468 @@
+"""Handles: three numbers that stand for a tensor in a store.
+
+A stored tree holds handles where the tensors are away: ``[ticket, -ticket, MAGIC]`` in float64. They are data like any leaf, so that programs,
+gradients and states stay trees of tensors, and a new generation is no new graph.
+
+`fetch` is the operator from a handle to its tensor. Its derivative writes the gradient away and gives back a handle of it; what autograd or
+microbatches add up, ``[sum of tickets, -sum, n MAGIC]``, stands for the sum of the gradients. A handle whose tensor was written again is
+spent, as a donated state is: using it raises.
+"""
+
+import itertools
+import math
+import random
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from fds._torch import opaque_operator, operator
+from fds.memory import give_back_freed
+from fds.offload.store import FileStore, HostStore, Reference
+
+MAGIC = 7349.0
+SHAPE = (3,)
+_TICKETS = random.SystemRandom()
+_LOCK = threading.RLock()
+_HELD: "weakref.WeakValueDictionary[int, Held]" = (
+    weakref.WeakValueDictionary()
+)  # by ticket; a window keeps its own alive
+_GRADIENTS = 64  # of one tensor that nobody has taken yet
+
+
+@attrs.define(eq=False)
+class Held:
+    """A tensor in a store: a parameter or a moment, with the gradients by it that wait to be taken."""
+
+    window: "Window"
+    key: str
+    reference: Future[Reference]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ticket: int = 0
+    gradients: "OrderedDict[int, tuple[Held, Tensor]]" = attrs.field(factory=OrderedDict)  # with their squared norms
+
+
+@attrs.frozen(eq=False)
+class Home:
+    """Where the tensor of a handle is, and what it is, as far as a program knows that without having one."""
+
+    window: "Window"
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@attrs.frozen
+class Event:
+    """Something that took time, in seconds of `time.perf_counter`: a "read" or a "write" of the store, or a "wait" of the caller for one."""
+
+    kind: str
+    key: str
+    start: float
+    stop: float
+    nbytes: int
+
+
+_EVENTS: list[Event] | None = None
+
+
+@contextmanager
+def record() -> Iterator[list[Event]]:
+    """Collect what stores do in the block: reads and writes that begin in it, and what the caller waits for.
+
+    >>> with record() as events:
+    ...     pass
+    >>> events
+    []
+    """
+    global _EVENTS
+    before, _EVENTS = _EVENTS, []
+    try:
+        yield _EVENTS
+    finally:
+        _EVENTS = before
+
+
+def _noted(kind: str, key: str, nbytes: int, future: Future[Any]) -> None:
+    """Note the time that a future takes from now on."""
+    events, start = _EVENTS, time.perf_counter()
+    if events is not None:
+        future.add_done_callback(lambda _: events.append(Event(kind, key, start, time.perf_counter(), nbytes)))
+
+
+def waited(key: str, future: Future[Any]) -> Any:
+    """The result of a future, and a note of how long it took to come."""
+    start = time.perf_counter()
+    result = future.result()
+    if _EVENTS is not None:
+        _EVENTS.append(Event("wait", key, start, time.perf_counter(), 0))
+    return result
+
+
+class Window:
+    """A store, with reading ahead and writing behind: at most `ahead` tensors are on their way in, and as many on their way out.
+
+    What is read next is learned: the tensor that followed the last two when they were read in this order before. Forward, backward and update
+    each have their order, and a guess that fails costs a read, never a value.
+    """
+
+    def __init__(self, store: Any, ahead: int) -> None:
+        self.store, self.ahead = store, ahead
+        if isinstance(store, FileStore):
+            give_back_freed()
+        self.names = itertools.count()
+        self._after: dict[tuple[str | None, str | None], str | None] = {}
+        self._last: tuple[str | None, str | None] = (None, None)
+        self._coming: OrderedDict[str, tuple[Future[Reference], Future[Tensor]]] = OrderedDict()
+        self._going: list[Future[Reference]] = []
+        self._current: dict[str, Held] = {}
+
+    def put(self, key: str, x: Tensor) -> Future[Reference]:
+        """Begin to write `x`, which nobody changes from now on."""
+        while len(self._going) > self.ahead:
+            waited(key, self._going.pop(0))
+        future: Future[Reference] = self.store.put(key, x)
+        _noted("write", key, x.nbytes, future)
+        self._going.append(future)
+        return future
+
+    def begin(self, held: Held) -> Future[Tensor]:
+        """Begin to read the tensor."""
+        reference = held.reference.result()
+        future: Future[Tensor] = self.store.get(reference)
+        _noted("read", held.key, reference.nbytes, future)
+        return future
+
+    def settle(self) -> None:
+        """Wait for all writes."""
+        while self._going:
+            waited("", self._going.pop(0))
+
+    def get(self, held: Held) -> Tensor:
+        """The tensor, in host memory and the caller's own; those that came after it last time are begun."""
+        with _LOCK:
+            known = self._coming.pop(held.key, None)
+            if known is None or known[0] is not held.reference:
+                known = held.reference, self.begin(held)
+            self._learn(held.key)
+            self._read_ahead()
+        return waited(held.key, known[1])
+
+    def boundary(self) -> None:
+        """Tensors are written from here on: what would be read next is not what is there now."""
+        with _LOCK:
+            self._learn(None)
+            self._coming.clear()
+
+    def _learn(self, key: str | None) -> None:
+        self._after[self._last] = key
+        self._last = (self._last[1], key)
+
+    def _read_ahead(self) -> None:
+        last = self._last
+        for _ in range(self.ahead):
+            key = self._after.get(last)
+            held = None if key is None else self._current.get(key)
+            if key is None or held is None:
+                return
+            last = (last[1], key)
+            if key not in self._coming and held.reference.done():
+                while len(self._coming) >= self.ahead:
+                    self._coming.popitem(last=False)
+                self._coming[key] = held.reference, self.begin(held)
+
+    def track(self, held: Held) -> None:
+        self._current[held.key] = held
+
+
+# --- from tensors to handles and back ---
+
+
+def hold(window: Window, name: str, x: Tensor) -> Tensor:
+    """A handle of `x`, which is written to the store under a key of its own."""
+    key = f"{next(window.names)}:{name}"
+    x = x.detach().to("cpu")
+    held = Held(window, key, window.put(key, _owned(window, x)), tuple(x.shape), x.dtype)
+    window.track(held)
+    return _issue(held)
+
+
+def _owned(window: Window, x: Tensor) -> Tensor:
+    """What a store may read while the caller goes on: a copy, but for stores that make one themselves."""
+    return x if isinstance(window.store, HostStore) else x.clone(memory_format=torch.contiguous_format)
+
+
+def rewrite(handle: Tensor, x: Tensor) -> Tensor:
+    """The handle of the next generation: `x`, the caller's own and given up by it, in place of what `handle` stands for. `handle` is spent."""
+    with _LOCK:
+        held = find(handle)
+        for gradient, _ in held.gradients.values():
+            _forget(gradient)
+        held.gradients.clear()
+        held.reference = held.window.put(held.key, x)
+        _HELD.pop(held.ticket, None)
+        return _issue(held)
+
+
+def _issue(held: Held) -> Tensor:
+    with _LOCK:
+        held.ticket = _ticket()
+        _HELD[held.ticket] = held
+    return _handle(held.ticket)
+
+
+def _ticket() -> int:
+    while True:
+        ticket = _TICKETS.randrange(1, 2**40)
+        if ticket not in _HELD:
+            return ticket
+
+
+def _handle(ticket: int) -> Tensor:
+    return torch.tensor([float(ticket), -float(ticket), MAGIC], dtype=torch.float64)
+
+
+def is_handle(x: Tensor) -> bool:
+    """Whether this is a handle, or a sum of them, by its numbers. Meta tensors are none."""
+    if x.is_meta or x.dtype != torch.float64 or tuple(x.shape) != SHAPE:
+        return False
+    ticket, negative, magic = x.detach().cpu().tolist()
+    return magic >= MAGIC and magic % MAGIC == 0 and ticket == -negative and ticket > 0
+
+
+def find(handle: Tensor) -> Held:
+    """What a handle stands for. `ValueError` for a spent one, and for numbers that are no handle."""
+    if not is_handle(handle):
+        raise ValueError(
+            f"offload: {handle.tolist()} is no handle of an offloaded tensor; was the stored tree cast, or changed by hand?"
+        )
+    held = _HELD.get(int(handle[0]))
+    if held is None:
+        raise ValueError(
+            "offload: this state is spent: its parameters were written again by a later step, or it is of another process; use the state that the step returned"
+        )
+    return held
+
+
+def read(handle: Tensor) -> Tensor:
+    """The tensor of a handle, in host memory."""
+    held = find(handle)
+    return held.window.get(held)
+
+
+def _forget(held: Held) -> None:
+    held.window.store.delete(held.reference.result().key)
+    _HELD.pop(held.ticket, None)
+
+
+# --- gradients ---
+
+
+def _deposit(gradient: Tensor, handle: Tensor) -> Tensor:
+    held = find(handle)
+    x = gradient.detach().to("cpu")
+    flat, ticket = x.reshape(-1).float(), _ticket()
+    key = f"{held.key}/gradient/{ticket}"
+    reference = held.window.put(key, _owned(held.window, x))
+    new = Held(held.window, key, reference, tuple(x.shape), x.dtype, ticket)
+    with _LOCK:
+        _HELD[ticket] = new
+        held.gradients[ticket] = new, torch.dot(flat, flat)
+        while len(held.gradients) > _GRADIENTS:
+            _forget(held.gradients.popitem(last=False)[1][0])
+    return _handle(ticket)
+
+
+def _parts(handle: Tensor, gradient: Tensor) -> list[int]:
+    """The tickets that a sum of gradient handles is made of: neighbours, in the order of their arrival."""
+    held, total = find(handle), int(gradient[0])
+    count = round(float(gradient[2]) / MAGIC)
+    tickets = list(held.gradients)
+    if is_handle(gradient):
+        for i in range(len(tickets) - count + 1):
+            if sum(tickets[i : i + count]) == total:
+                return tickets[i : i + count]
+    raise ValueError(
+        f"offload: the gradient of {held.key!r} is not one that waits: it was scaled, taken already, or is older than the last {_GRADIENTS}; apply optimizers to the gradients as they come, through optim.streamed"
+    )
+
+
+def take_gradient(handle: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
+    """Begin to read a gradient; the function waits for it, sums its parts in the order of their arrival."""
+    held = find(handle)
+    parts = [held.window.begin(held.gradients[t][0]) for t in _parts(handle, gradient)]
+
+    def result() -> Tensor:
+        total: Tensor = waited(held.key, parts[0])
+        for p in parts[1:]:
+            total = total.add_(waited(held.key, p))
+        return total
+
+    return result
+
+
+def read_gradient(handle: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient behind `gradient`, of the parameter behind `handle`: a leaf of `value_and_grad`'s result and the same leaf of the stored tree."""
+    return take_gradient(handle, gradient)()
+
+
+def drop_gradient(handle: Tensor, gradient: Tensor) -> None:
+    """Forget a gradient that nobody will take."""
+    held = find(handle)
+    for t in _parts(handle, gradient):
+        _forget(held.gradients.pop(t)[0])
+
+
+def _square(handle: Tensor, gradient: Tensor) -> Tensor:
+    held, tickets = find(handle), _parts(handle, gradient)
+    if len(tickets) == 1:
+        return held.gradients[tickets[0]][1].reshape(1)
+    flat = take_gradient(handle, gradient)().reshape(-1).float()
+    return torch.dot(flat, flat).reshape(1)
+
+
+def _no_batch(info: Any, dims: Any, *args: Any) -> Any:
+    raise ValueError(
+        "offload: vmap over an offloaded parameter or its gradient; use program.without('offload') for per-sample gradients"
+    )
+
+
+def _keep_handle(ctx: Any, args: tuple[Any, ...], out: Any) -> None:
+    ctx.save_for_backward(args[0])
+
+
+def _none(ctx: Any, args: tuple[Any, ...], out: Any) -> None:
+    """Nothing is saved."""
+
+
+def _second(ctx: Any, *cotangents: Any) -> Any:
+    raise ValueError("offload: no second derivative by an offloaded parameter; use program.without('offload')")
+
+
+_DEPOSIT = operator(
+    "offload_deposit",
+    "(Tensor gradient, Tensor handle) -> Tensor",
+    primitive=_deposit,
+    fake=lambda gradient, handle: torch.empty_like(handle),
+    batch=_no_batch,
+    save=_none,
+    backward=_second,
+)
+
+
+def _fetch(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    held = find(handle)
+    if held.shape != tuple(shape) or held.dtype != dtype:
+        raise ValueError(
+            f"offload: {held.key!r} is {held.shape} {held.dtype}, the program asks for {tuple(shape)} {dtype}"
+        )
+    return held.window.get(held).to(device, non_blocking=True)
+
+
+FETCH = operator(
+    "offload_fetch",
+    "(Tensor handle, int[] shape, ScalarType dtype, Device device) -> Tensor",
+    primitive=_fetch,
+    fake=lambda handle, shape, dtype, device: torch.empty(
+        shape, dtype=dtype, device="meta" if handle.is_meta else device
+    ),
+    batch=_no_batch,
+    save=_keep_handle,
+    backward=lambda ctx, g: (_DEPOSIT(g, ctx.saved_tensors[0]), None, None, None),
+)
+
+SQUARE = opaque_operator(
+    "offload_square",
+    "(Tensor handle, Tensor gradient) -> Tensor",
+    _square,
+    lambda handle, gradient: handle.new_empty(1, dtype=torch.float32),
+)
+
+
+@contextmanager
+def update_of(windows: Sequence[Window]) -> Iterator[None]:
+    """Around an update: nothing is read ahead of what it writes."""
+    try:
+        yield
+    finally:
+        for w in windows:
+            w.boundary()
+
+
+# --- activations ---
+
+_WINDOWS: "weakref.WeakValueDictionary[int, Stash]" = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class Stash:
+    """Activations in a store: written in forward, read once in backward, in the reverse order."""
+
+    def __init__(self, store: Any, ahead: int) -> None:
+        self.window = Window(store, ahead)
+        self.places: list[Held] = []
+        self.free: list[bool] = []
+        self.writing = True
+        self.number = next(_NUMBERS)
+        _WINDOWS[self.number] = self
+
+    def put(self, x: Tensor) -> Tensor:
+        """A handle of an activation, under the first key that is free: the same one in every step, so that reading ahead can learn the order."""
+        with _LOCK:
+            if not self.writing:
+                self.window.boundary()
+            self.writing = True
+            i = self.free.index(True) if True in self.free else len(self.free)
+            if i == len(self.free):
+                self.places.append(Held(self.window, f"activation/{i}", Future(), (), x.dtype))
+                self.free.append(False)
+            held = self.places[i]
+            self.free[i] = False
+            _HELD.pop(held.ticket, None)
+            host = x.detach().to("cpu")
+            held.shape, held.dtype = tuple(x.shape), x.dtype
+            held.reference = self.window.put(held.key, _owned(self.window, host))
+            self.window.track(held)
+            return _issue(held)
+
+    def get(self, handle: Tensor) -> Tensor:
+        held = find(handle)
+        with _LOCK:
+            self.writing = False
+            self.free[self.places.index(held)] = True
+        return self.window.get(held)
+
+
+def _put_away(x: Tensor, number: int) -> Tensor:
+    return _WINDOWS[number].put(x)
+
+
+def _bring_back(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, number: int) -> Tensor:
+    return _WINDOWS[number].get(handle).to(device, non_blocking=True)
+
+
+PUT_AWAY = opaque_operator(
+    "offload_put_away",
+    "(Tensor x, int number) -> Tensor",
+    _put_away,
+    lambda x, number: x.new_empty(SHAPE, dtype=torch.float64, device="cpu"),
+)
+
+BRING_BACK = opaque_operator(
+    "offload_bring_back",
+    "(Tensor handle, SymInt[] shape, ScalarType dtype, Device device, int number) -> Tensor",
+    _bring_back,
+    lambda handle, shape, dtype, device, number: torch.empty(shape, dtype=dtype, device=device),
+)

@@ -1,0 +1,96 @@
+"""What a train step holds in memory, before it runs: `plan`."""
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from fds import tree
+from fds.offload.handles import Home
+from fds.offload.store import FileStore, HostStore
+from fds.train import TrainStep
+
+
+@attrs.frozen
+class Plan:
+    """Bytes that a step holds in memory at most, by what they are: always, while it differentiates, and while it updates; and bytes in files.
+
+    Activations are not among them. Prints as a table.
+    """
+
+    always: dict[str, int]
+    gradient: dict[str, int]
+    update: dict[str, int]
+    files: int
+
+    @property
+    def total(self) -> int:
+        """In memory, at most."""
+        return sum(self.always.values()) + max(sum(self.gradient.values()), sum(self.update.values()))
+
+    def __str__(self) -> str:
+        rows = list(self.always.items())
+        rows += [(f"forward and backward: {k}", n) for k, n in self.gradient.items()]
+        rows += [(f"update: {k}", n) for k, n in self.update.items()]
+        rows = [(k, n) for k, n in rows if n] + [("in memory, at most", self.total), ("in files", self.files)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {n / 2**20:10,.1f} MiB" for name, n in rows)
+
+
+def plan(step: TrainStep, *, budget: int | None = None) -> Plan:
+    """Where the parameters, gradients and optimizer state of a step are, and what it holds of them in memory at most.
+
+    All offload decisions of the program and its optimizer are in it: what stays, what is under way in each window, what stores keep for
+    themselves. Raises `ValueError` with the numbers if that is more than `budget` bytes.
+    """
+    program = step.program
+    homes: dict[str, Home] = {tree.qualified(s, k): h for s, p in program.sites.items() for k, h in p.handles.items()}
+    leaves = tree.named(program.spec)
+    here = {k: v for k, v in leaves.items() if k not in homes}
+    largest = max((h.nbytes for h in homes.values()), default=0)
+    window = max((h.window.ahead for h in homes.values()), default=0)
+    names = [t.name for t in program.history]
+    dropped = "checkpoint" in names and "offload" in names and names.index("checkpoint") > names.index("offload")
+    always = {
+        "parameters that stay": sum(v.nbytes for v in here.values()),
+        "their gradients": sum(v.nbytes for v in here.values() if v.requires_grad),
+    }
+    gradient = {
+        "parameters in use": largest * 2 if dropped else sum(h.nbytes for h in homes.values()),
+        "parameters read ahead": largest * window,
+        "gradients on their way": largest * (window + 2),
+    }
+    held: dict[Any, int] = {}  # by store
+    for h in homes.values():
+        held[h.window.store] = held.get(h.window.store, 0) + h.nbytes
+    stream: Any = step.tx.step
+    update: dict[str, int] = {}
+    if getattr(stream, "takes_handles", False):
+        states = _states(stream, leaves, homes)
+        held[stream.window.store] = held.get(stream.window.store, 0) + sum(states.values())
+        away = {k: homes[k].nbytes if k in homes else 0 for k in states}
+        update["leaves read"] = max((2 * away[k] + n for k, n in states.items()), default=0) * (stream.ahead + 1)
+        update["leaves written"] = max((away[k] + n for k, n in states.items()), default=0) * (stream.window.ahead + 1)
+    else:
+        always["optimizer state"] = sum(t.nbytes for t in tree.leaves(step.spec.optimizer))
+    always["in HostStore"] = sum(n for store, n in held.items() if isinstance(store, HostStore))
+    always["cached by FileStore"] = sum(min(n, s.budget) for s, n in held.items() if isinstance(s, FileStore))
+    files = sum(n for store, n in held.items() if isinstance(store, FileStore))
+    found = Plan(always, gradient if homes else {}, update, files)
+    if budget is not None and found.total > budget:
+        raise ValueError(
+            f"plan: {found.total:,} bytes in memory, and the budget is {budget:,}; smaller windows, more leaves offloaded, or checkpoint() after offload make it less:\n{found}"
+        )
+    return found
+
+
+def _states(stream: Any, leaves: dict[str, Tensor], homes: dict[str, Home]) -> dict[str, int]:
+    """Bytes of optimizer state in the store, of each trainable leaf."""
+    found: dict[str, int] = {}
+    for k, v in leaves.items():
+        if v.requires_grad:
+            h = homes.get(k)
+            p = v if h is None else torch.empty(h.shape, dtype=h.dtype, device="meta")
+            found[k] = sum(t.nbytes for t in tree.leaves(stream.tx.init(p)) if t.dim())
+    return found
