@@ -131,14 +131,12 @@ def _away(p: Program, names: list[str], window: Window) -> Lens:
     """In a store: one flat buffer for the leaves of one dtype, trainability and sharding, so that a site is one read."""
     spec = parameters(p)
     groups: dict[str, list[str]] = {}
+    splits = list(dict.fromkeys([(), *(p.axes.get(k, ()) for k in names)]))
     for k in names:
-        leaf, axes = spec[k], p.axes.get(k, ())
-        kind = [
-            str(leaf.dtype).removeprefix("torch."),
-            *(a.name for a in axes),
-            *([] if leaf.requires_grad else ["frozen"]),
-        ]
-        groups.setdefault(".".join(["offload", *kind]), []).append(k)
+        leaf, split = spec[k], splits.index(p.axes.get(k, ()))
+        kind = ["offload", str(leaf.dtype).removeprefix("torch.")]
+        kind += [f"split{split}"] if split else []
+        groups.setdefault(".".join(kind if leaf.requires_grad else [*kind, "frozen"]), []).append(k)
     device: Any = compute_device()
     sizes = {key: sum(spec[k].numel() for k in members) for key, members in groups.items()}
 

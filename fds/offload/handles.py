@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +48,7 @@ class Held:
     shape: tuple[int, ...]
     dtype: torch.dtype
     ticket: int = 0
-    gradients: "OrderedDict[int, tuple[Held, Tensor]]" = attrs.field(factory=OrderedDict)  # with their squared norms
+    gradients: "dict[int, tuple[Held, Tensor]]" = attrs.field(factory=dict[int, Any])  # with their squared norms
 
 
 @attrs.frozen(eq=False)
@@ -75,11 +75,11 @@ class Event:
     nbytes: int
 
 
-_EVENTS: list[Event] | None = None
+_RECORDS: list[list[Event]] = []  # the innermost last
 
 
 @contextmanager
-def record() -> Iterator[list[Event]]:
+def record() -> Generator[list[Event]]:
     """Collect what stores do in the block: reads and writes that begin in it, and what the caller waits for.
 
     >>> with record() as events:
@@ -87,18 +87,18 @@ def record() -> Iterator[list[Event]]:
     >>> events
     []
     """
-    global _EVENTS
-    before, _EVENTS = _EVENTS, []
+    _RECORDS.append([])
     try:
-        yield _EVENTS
+        yield _RECORDS[-1]
     finally:
-        _EVENTS = before
+        _RECORDS.pop()
 
 
 def _noted(kind: str, key: str, nbytes: int, future: Future[Any]) -> None:
     """Note the time that a future takes from now on."""
-    events, start = _EVENTS, time.perf_counter()
-    if events is not None:
+    start = time.perf_counter()
+    if _RECORDS:
+        events = _RECORDS[-1]
         future.add_done_callback(lambda _: events.append(Event(kind, key, start, time.perf_counter(), nbytes)))
 
 
@@ -106,8 +106,8 @@ def waited(key: str, future: Future[Any]) -> Any:
     """The result of a future, and a note of how long it took to come."""
     start = time.perf_counter()
     result = future.result()
-    if _EVENTS is not None:
-        _EVENTS.append(Event("wait", key, start, time.perf_counter(), 0))
+    if _RECORDS:
+        _RECORDS[-1].append(Event("wait", key, start, time.perf_counter(), 0))
     return result
 
 
@@ -238,7 +238,7 @@ def is_handle(x: Tensor) -> bool:
     """Whether this is a handle, or a sum of them, by its numbers. Meta tensors are none."""
     if x.is_meta or x.dtype != torch.float64 or tuple(x.shape) != SHAPE:
         return False
-    ticket, negative, magic = x.detach().cpu().tolist()
+    ticket, negative, magic = (float(v) for v in x.detach().cpu())
     return magic >= MAGIC and magic % MAGIC == 0 and ticket == -negative and ticket > 0
 
 
@@ -246,7 +246,7 @@ def find(handle: Tensor) -> Held:
     """What a handle stands for. `ValueError` for a spent one, and for numbers that are no handle."""
     if not is_handle(handle):
         raise ValueError(
-            f"offload: {handle.tolist()} is no handle of an offloaded tensor; was the stored tree cast, or changed by hand?"
+            f"offload: {[float(v) for v in handle]} is no handle of an offloaded tensor; was the stored tree cast, or changed by hand?"
         )
     held = _HELD.get(int(handle[0]))
     if held is None:
@@ -281,7 +281,7 @@ def _deposit(gradient: Tensor, handle: Tensor) -> Tensor:
         _HELD[ticket] = new
         held.gradients[ticket] = new, torch.dot(flat, flat)
         while len(held.gradients) > _GRADIENTS:
-            _forget(held.gradients.popitem(last=False)[1][0])
+            _forget(held.gradients.pop(next(iter(held.gradients)))[0])
     return _handle(ticket)
 
 
@@ -351,11 +351,15 @@ def _second(ctx: Any, *cotangents: Any) -> Any:
     raise ValueError("offload: no second derivative by an offloaded parameter; use program.without('offload')")
 
 
+def _deposit_shape(gradient: Tensor, handle: Tensor) -> Tensor:
+    return torch.empty_like(handle)
+
+
 _DEPOSIT = operator(
     "offload_deposit",
     "(Tensor gradient, Tensor handle) -> Tensor",
     primitive=_deposit,
-    fake=lambda gradient, handle: torch.empty_like(handle),
+    fake=_deposit_shape,
     batch=_no_batch,
     save=_none,
     backward=_second,
@@ -371,28 +375,39 @@ def _fetch(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device: tor
     return held.window.get(held).to(device, non_blocking=True)
 
 
+def _fetch_shape(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=torch.device("meta") if handle.is_meta else device)
+
+
+def _fetch_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    return _DEPOSIT(g, ctx.saved_tensors[0]), None, None, None
+
+
 FETCH = operator(
     "offload_fetch",
     "(Tensor handle, int[] shape, ScalarType dtype, Device device) -> Tensor",
     primitive=_fetch,
-    fake=lambda handle, shape, dtype, device: torch.empty(
-        shape, dtype=dtype, device="meta" if handle.is_meta else device
-    ),
+    fake=_fetch_shape,
     batch=_no_batch,
     save=_keep_handle,
-    backward=lambda ctx, g: (_DEPOSIT(g, ctx.saved_tensors[0]), None, None, None),
+    backward=_fetch_backward,
 )
+
+
+def _square_shape(handle: Tensor, gradient: Tensor) -> Tensor:
+    return handle.new_empty(1, dtype=torch.float32)
+
 
 SQUARE = opaque_operator(
     "offload_square",
     "(Tensor handle, Tensor gradient) -> Tensor",
     _square,
-    lambda handle, gradient: handle.new_empty(1, dtype=torch.float32),
+    _square_shape,
 )
 
 
 @contextmanager
-def update_of(windows: Sequence[Window]) -> Iterator[None]:
+def update_of(windows: Sequence[Window]) -> Generator[None]:
     """Around an update: nothing is read ahead of what it writes."""
     try:
         yield
@@ -453,16 +468,24 @@ def _bring_back(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device
     return _WINDOWS[number].get(handle).to(device, non_blocking=True)
 
 
+def _put_away_shape(x: Tensor, number: int) -> Tensor:
+    return x.new_empty(SHAPE, dtype=torch.float64, device="cpu")
+
+
+def _bring_back_shape(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, number: int) -> Tensor:  # fmt: skip
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 PUT_AWAY = opaque_operator(
     "offload_put_away",
     "(Tensor x, int number) -> Tensor",
     _put_away,
-    lambda x, number: x.new_empty(SHAPE, dtype=torch.float64, device="cpu"),
+    _put_away_shape,
 )
 
 BRING_BACK = opaque_operator(
     "offload_bring_back",
     "(Tensor handle, SymInt[] shape, ScalarType dtype, Device device, int number) -> Tensor",
     _bring_back,
-    lambda handle, shape, dtype, device, number: torch.empty(shape, dtype=dtype, device=device),
+    _bring_back_shape,
 )
