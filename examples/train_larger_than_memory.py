@@ -35,7 +35,7 @@ def draw(events: list, name: str) -> None:
     axes = figure.subplots()
     for row, (kind, color) in enumerate({"write": "tab:orange", "read": "tab:blue", "wait": "tab:red"}.items()):
         spans = [(e.start - start, e.stop - e.start) for e in events if e.kind == kind]
-        axes.broken_barh(spans, (row, 0.8), color=color, alpha=0.6)
+        axes.broken_barh(spans, (row, 0.8), color=color, linewidth=0)
     axes.set_yticks([0.4, 1.4, 2.4], ["writing", "reading", "waiting for either"])
     axes.set_xlabel("seconds of one step")
     Path(name).parent.mkdir(parents=True, exist_ok=True)
