@@ -128,8 +128,12 @@ def operator(
     return op
 
 
-def opaque_operator(name: str, schema: str, primitive: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define operator ``fds::name`` without derivative or vmap rule, that a compiler calls as it is."""
+def _nothing(*args: Any) -> None:
+    """The shape of no result."""
+
+
+def opaque_operator(name: str, schema: str, primitive: Callable[..., Any], fake: Callable[..., Any] = _nothing) -> Any:
+    """Define operator ``fds::name`` without derivative or vmap rule, that a compiler calls as it is. Default `fake`: it returns nothing."""
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, primitive, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fds::{name}", fake, lib=_LIBRARY)

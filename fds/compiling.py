@@ -86,7 +86,8 @@ class CompiledStep:
     def __init__(self, step: Any, donate: bool, keep_memory: bool, options: dict[str, Any]) -> None:
         self.step, self.donate = step, donate
         away = any(p.handles for p in step.program.sites.values())  # then memory is what is short, not time
-        self.keep_memory = keep_memory and not away and not torch.cuda.is_available()
+        if keep_memory and not away and not torch.cuda.is_available():
+            keep_freed()
 
         def body(leaves: list[Tensor], batch: Any) -> Any:
             return ([], step.over(leaves, batch)) if donate else step.region(leaves, batch)
@@ -100,8 +101,6 @@ class CompiledStep:
         if torch.compiler.is_compiling():
             return self.step(state, batch)
         leaves: list[Tensor] = self.step.check(state, batch)
-        if self.keep_memory:
-            keep_freed()
         new, metrics = self._compiled(leaves, batch)
         if self.donate:
             new = [t.detach() for t in leaves]

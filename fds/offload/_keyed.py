@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fds import tree
+from fds.offload.blocks import Outcome
 
 __all__ = ["LOG", "Reference", "Store", "StoreError", "Value"]
 
@@ -69,26 +70,6 @@ class Reference:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class _Future(Future[T]):
-    """A future that knows whether somebody was told its outcome."""
-
-    asked = False
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self.asked = (
-            True  # before there is an outcome: who waits here will be told, and another thread's call shall not be
-        )
-        try:
-            return super().exception(timeout)
-        except TimeoutError:
-            self.asked = False
-            raise
-
-    def result(self, timeout: float | None = None) -> T:
-        self.exception(timeout)
-        return super().result()
-
-
 @attrs.define(eq=False)
 class Value(Generic[P]):
     """A generation that is held, until it is replaced and the last who reads it has left."""
@@ -118,7 +99,7 @@ class Store(Generic[P]):
         self._generations = itertools.count(1)  # of the store, not of the key: a key deleted and put again has another
         self._putting = Counter[str]()
         self._deleted: dict[str, int] = {}  # generations at which keys were deleted while puts of them were under way
-        self._failed: list[_Future[Any]] = []  # changed in place: the finalizer has it too
+        self._failed: list[Outcome[Any]] = []  # changed in place: the finalizer has it too
         self._coming: dict[str, dict[int, int]] = {}  # bytes of values on their way, by key and generation
         self._workers = ThreadPoolExecutor(window, thread_name_prefix="fds-store")
         weakref.finalize(self, _last_words, self._failed, self._pid)
@@ -264,8 +245,8 @@ class Store(Generic[P]):
                 key=getattr(first, "key", None),
             ) from first
 
-    def _submit(self, task: Callable[[], T], done: Callable[[], None], *, keeps: bool) -> _Future[T]:
-        future = _Future[T]()
+    def _submit(self, task: Callable[[], T], done: Callable[[], None], *, keeps: bool) -> Outcome[T]:
+        future = Outcome[T]()
         try:
             self._workers.submit(self._work, future, task, done, keeps)
         except RuntimeError:  # closed between the check and here
@@ -273,7 +254,7 @@ class Store(Generic[P]):
             raise ValueError(f"{self._name}: is closed; make another one") from None
         return future
 
-    def _work(self, future: _Future[T], task: Callable[[], T], done: Callable[[], None], keeps: bool) -> None:
+    def _work(self, future: Outcome[T], task: Callable[[], T], done: Callable[[], None], keeps: bool) -> None:
         if not future.set_running_or_notify_cancel():
             return done()
         try:
@@ -365,7 +346,7 @@ class Store(Generic[P]):
 # --- what callers give ---
 
 
-def _last_words(failed: list[_Future[Any]], pid: int) -> None:
+def _last_words(failed: list[Outcome[Any]], pid: int) -> None:
     """Of a store that nobody closed."""
     for f in failed if os.getpid() == pid else []:
         if not f.asked:

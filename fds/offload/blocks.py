@@ -36,7 +36,7 @@ class Outcome(Future[T]):
     asked = False
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self.asked = True  # before it is known: whoever waits here will be told
+        self.asked = True  # before it is known: whoever waits here will be told, and another thread's call shall not be
         try:
             return super().exception(timeout)
         except TimeoutError:

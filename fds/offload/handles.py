@@ -406,16 +406,6 @@ SQUARE = opaque_operator(
 )
 
 
-@contextmanager
-def update_of(windows: Sequence[Window]) -> Generator[None]:
-    """Around an update: nothing is read ahead of what it writes."""
-    try:
-        yield
-    finally:
-        for w in windows:
-            w.boundary()
-
-
 # --- activations ---
 
 _WINDOWS: "weakref.WeakValueDictionary[int, Stash]" = weakref.WeakValueDictionary()

@@ -93,7 +93,7 @@ class _Stream:
             return
         work = iter(zip(leaves, grads, parts, strict=True))
         coming: deque[tuple[Any, Callable[[], Any]]] = deque()
-        with handles.update_of(list(windows)):
+        try:
             while True:
                 while len(coming) <= self.ahead and (job := next(work, None)) is not None:
                     coming.append((job, self._begin(*job)))
@@ -103,6 +103,9 @@ class _Stream:
                 self._finish(p, state, *wait(), norm, donated)
             for w in windows:
                 w.settle()
+        finally:
+            for w in windows:
+                w.boundary()
 
     def _begin(self, p: Tensor, g: Tensor, state: Sequence[Tensor]) -> Callable[[], Any]:
         """Begin to read a leaf, its gradient and its state; the function waits for them."""
@@ -142,13 +145,8 @@ def _run(number: int, grads: list[Tensor], state: list[Tensor], params: list[Ten
         _STEPS[number].run(grads, state, params, norm, ok, donated)
 
 
-def _nothing(*args: Any) -> None:
-    """The operator returns nothing."""
-
-
 _STEP = opaque_operator(
     "streamed_step",
     "(int number, Tensor[] grads, Tensor(a!)[] state, Tensor(b!)[] params, Tensor norm, Tensor ok, bool donated) -> ()",
     _run,
-    _nothing,
 )
