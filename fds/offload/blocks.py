@@ -1,5 +1,6 @@
 """One read or write of `fds.offload.aio`: its descriptors, its blocks, and how each of them gets to the disk."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -77,13 +78,13 @@ class Request:
     def open(self, block: int) -> None:
         """Open the file, make room in it, and count the blocks."""
         flags = os.O_WRONLY | os.O_CREAT if self.write else os.O_RDONLY
-        direct = getattr(os, "O_DIRECT", 0)
         try:
-            self.main = os.open(self.path, flags | direct, 0o600)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not direct:
-                raise self.failure(error, self.offset) from None
             self.main = os.open(self.path, flags, 0o600)
+        except OSError as error:
+            raise self.failure(error, self.offset) from None
+        # Not by opening it once more without: what waits to be opened (a fifo) would wait twice.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.main, fcntl.F_SETFL, getattr(os, "O_DIRECT", 0))
         status = os.fstat(self.main)
         self.device = status.st_dev
         if not _is_direct(self.main):
