@@ -373,7 +373,8 @@ def test_the_caller_goes_on_and_the_gil_is_free(tmp_path):
         future = engine.read(tmp_path / "fifo", empty(ALIGN))
         ticks = sum(1 for _ in range(100_000))
         assert ticks == 100_000 and not future.done() and not future.cancel()
-        os.close(os.open(tmp_path / "fifo", os.O_WRONLY))  # at once: a reader that opened the fifo twice would wait for ever
+        # At once: a reader that opened the fifo twice would wait for ever.
+        os.close(os.open(tmp_path / "fifo", os.O_WRONLY))
         with pytest.raises(OSError):  # a fifo has no offsets
             future.result(20)
 
