@@ -7,9 +7,12 @@ import gc
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ class Size:
 
 SIZES = {
     "33.7M": Size(8192, 512, 1376, 8, 8, 33_694_208),
+    "60M": Size(8192, 640, 1728, 10, 8, 60_060_800),
     "6.5M": Size(4096, 256, 608, 6, 4, 6_475_008),
     "tiny": Size(256, 32, 64, 2, 2, 37_024),
 }
@@ -85,6 +89,27 @@ def llama(job: Job) -> nn.Module:
         for p in model.parameters():
             p.data = p.data.bfloat16().float()
     return model.train()
+
+
+ADAM_PARAMETERS = 100_000_000
+
+
+def adam_leaves(job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and gradients of an optimizer's benchmark: 100M in 25 leaves; float32, gradients in the dtype of the option `grads`."""
+    draw = torch.Generator().manual_seed(SEED)
+    params = {f"{i:02}": torch.randn(ADAM_PARAMETERS // 25, generator=draw) for i in range(25)}
+    dtype = DTYPES[job.options.get("grads", "fp32")]
+    return params, {k: (p * 1e-2).to(dtype) for k, p in params.items()}
+
+
+def updates(update: Callable[[], None], params: dict[str, Tensor]) -> dict[str, Any]:
+    """Median seconds of three updates, and the sum of some parameters after them: everybody's has to be the same."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        update()
+        times.append(time.perf_counter() - start)
+    return {"seconds": median(times), "sum": sum(float(p[:1000].double().sum()) for p in params.values())}
 
 
 def batch(job: Job, step: int) -> Tensor:

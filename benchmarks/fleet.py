@@ -29,7 +29,7 @@ class Team:
     ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="bench-")
         scratch = Path(self.folder.name)
-        common = _environment(world, threads) | env
+        common = _environment(threads) | (rendezvous(world) if world > 1 else {}) | env
         self.logs = [(scratch / f"rank{r}.log").open("w+") for r in range(world)]
         self.ranks = [
             subprocess.Popen(
@@ -114,7 +114,7 @@ class Team:
         return scrubbed(" | ".join(lines)) or "no output"
 
 
-def _environment(world: int, threads: int) -> dict[str, str]:
+def _environment(threads: int) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     env |= {
         "OMP_NUM_THREADS": str(threads),
@@ -123,21 +123,20 @@ def _environment(world: int, threads: int) -> dict[str, str]:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of compiler processes that outlives the compile
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if world > 1:
-        env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-        env["MASTER_PORT"] = str(_free_port())
     return env
+
+
+def rendezvous(world: int) -> dict[str, str]:
+    """Where the ranks of this machine meet."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def caches(folder: Path, built: Path) -> dict[str, str]:
     """Where torch keeps what it compiled (empty at a contender's first start), and DeepSpeed the operators that it builds (empty at a run's)."""
     return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCH_EXTENSIONS_DIR": str(built)}
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def scrubbed(text: str) -> str:

@@ -19,9 +19,12 @@ from statistics import median, quantiles
 from typing import Any
 
 from common import LENGTH, ROWS, SIZES, machine, operations, versions
-from fleet import HERE, ContenderError, Team, busy, caches, scrubbed
+from fleet import HERE, ContenderError, Team, busy, caches, rendezvous, scrubbed
 
-BUILT = tempfile.TemporaryDirectory(prefix="bench-operators-")  # DeepSpeed's, built by its first contender
+OWN = tempfile.TemporaryDirectory(prefix="bench-operators-")
+BUILT = Path(
+    os.environ.get("TORCH_EXTENSIONS_DIR", OWN.name)
+)  # DeepSpeed's operators, built by its first contender: minutes
 RESERVE = (
     5 * 2**30
 )  # bytes that must be free before another contender starts: the largest, two ranks, while it compiles
@@ -66,10 +69,31 @@ SINGLE = (
     Entry("eager", "module + fused AdamW", "peers.plain:build"),
 )
 APPLY = Entry("apply", "program.apply against the module, eager", "probe:apply")
+NVME = {"device": "nvme", "nvme_path": ".", "pin_memory": False}
+STATE = {"offload_optimizer": NVME | {"pipeline_read": True, "pipeline_write": True}}
+PARAMS = STATE | {"offload_param": NVME}
+OFFLOAD = (
+    Entry("fds-memory", "fds, in memory", "offload_work:step"),
+    Entry("fds-state", "fds, optimizer state in files", "offload_work:step", {"state": True}),
+    Entry("fds-memory-recompute", "fds, in memory, recomputing", "offload_work:step", {"recompute": True}),
+    Entry("fds-params", "fds, parameters and state in files, recomputing", "offload_work:step", {"params": True, "recompute": True}),
+    Entry("deepspeed3", "DeepSpeed ZeRO-3, in memory", "peers.deepspeed_zero:build", {"stage": 3}, peer=True),
+    Entry("deepspeed-state", "DeepSpeed ZeRO-3, nvme optimizer", "peers.deepspeed_zero:build", {"stage": 3, "zero": STATE}, peer=True),
+    Entry("deepspeed-params", "DeepSpeed ZeRO-3, nvme optimizer and parameters, recomputing", "peers.deepspeed_zero:build", {"stage": 3, "zero": PARAMS, "recompute": True}, peer=True),
+)  # fmt: skip
+ADAM = (
+    Entry("copy", "copy of 1 GiB", "offload_work:copy"),
+    Entry("fds", "fds.optim.adamw", "offload_work:adamw"),
+    Entry("torch", "torch.optim.AdamW(fused=True)", "peers.adam:torch_fused"),
+    Entry("deepspeed", "DeepSpeedCPUAdam", "peers.adam:deepspeed", peer=True),
+    Entry("fds-bf16", "fds.optim.adamw, bf16 gradients", "offload_work:adamw", {"grads": "bf16"}),
+)
 GROUPS = (
     Group("fp32", "33.7M", "fp32", 2, 1, SHARDED, (PROBE,)),
     Group("bf16", "33.7M", "bf16", 2, 1, SHARDED, (PROBE,)),
     Group("single", "6.5M", "fp32", 1, 2, SINGLE, (PROBE, APPLY)),
+    Group("offload", "60M", "fp32", 1, 2, OFFLOAD, (PROBE, Entry("disk", "disk", "offload_work:disk"))),
+    Group("adamw", "60M", "fp32", 1, 2, (), ADAM),
 )
 
 
@@ -118,9 +142,10 @@ class Contender:
     def _build(self) -> float:
         """New processes; seconds until they have built the contender."""
         job = {"size": self.group.size, "dtype": self.group.dtype, "options": self.entry.options}
-        env = caches(Path(self.caches.name), Path(BUILT.name))
+        env = caches(Path(self.caches.name), BUILT)
         if self.entry.peer:
             env |= {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(self.python).parent}{os.pathsep}{os.environ['PATH']}"}
+            env |= rendezvous(1) | {"RANK": "0", "LOCAL_RANK": "0"} if self.group.world == 1 else {}
         g = self.group
         self.team = Team(self.entry.build, job=job, world=g.world, threads=g.threads, python=self.python, env=env)
         return max(h["setup_s"] for h in self.team.hello())
@@ -188,7 +213,7 @@ def run_group(group: Group, *, rounds: int, steps: int, warm_up: int, peer_pytho
     """All contenders of a group, alternating; in several heats if memory does not hold them all at once."""
     pending, results, heat = list(group.entries), list[dict[str, Any]](), 0
     measured: dict[str, Any] = {}
-    while pending:
+    while pending or not heat:
         _say(f"{group.name}, heat {heat + 1}")
         running: list[Contender] = []
         try:
@@ -257,7 +282,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds")
     parser.add_argument("--steps", type=int, help="steps of each contender in a round")
     parser.add_argument(
-        "--groups", default=",".join(g.name for g in GROUPS), help="which comparisons (default: %(default)s)"
+        "--groups", default="fp32,bf16,single", help=f"of {','.join(g.name for g in GROUPS)} (default: %(default)s)"
     )
     parser.add_argument(
         "--only", help="contenders whose name begins with one of these, comma-separated: fds,deepspeed3,..."
@@ -287,7 +312,7 @@ def _selected(args: argparse.Namespace) -> list[Group]:
         names += sorted({e.name for g in GROUPS for e in g.entries})
     if unknown:
         raise ValueError(f"--groups/--only: {', '.join(unknown)} unknown; there are {', '.join(names)}")
-    return [replace(g, size=args.size) if args.size else g for g in groups if g.entries]
+    return [replace(g, size=args.size) if args.size else g for g in groups if g.entries or not args.only]
 
 
 def _commit() -> str:

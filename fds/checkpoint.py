@@ -8,11 +8,12 @@ change between two saves only if the model does.
 
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fds import tree
-from fds.offload.handles import is_handle
+from fds.offload import handles
 from fds.program import Program
 from fds.train import TrainState, TrainStep
 from fds.tree import Params, Stored
@@ -319,34 +320,33 @@ def load_adapters(directory: Directory, program: Program, stored: Stored) -> Sto
 def save_state(directory: Directory, step: TrainStep, state: TrainState) -> None:
     """Write a `TrainState`, every rank its own part; `load_state` goes on from it on the same mesh.
 
+    Tensors in a store (`offload`, `optim.streamed`) are read and written one at a time, a file each.
+
     The manifest `state.json` is renamed last and decides which files count; those of older saves are removed after that. Every rank has
     to call it.
     """
-    away = next((k for k, v in _paths(state) if is_handle(v)), None)
-    if away is not None:
-        raise ValueError(
-            f"save_state: {away} is in a store, and the state has only its handle, which dies with this process; save the parameters with fds.save, or train without offload to a store if runs have to be resumed"
-        )
     folder = _prepare(directory)
     stamp = _agreed(uuid.uuid4().hex)
-    name = f"state-{stamp}-rank{_rank()}.safetensors"
+    name, leaves = f"state-{stamp}-rank{_rank()}", dict(_paths(state))
     with _together(f"save_state({folder})"):
-        _write_tensors(folder / name, dict(_paths(state)))
+        away = [k for k, v in leaves.items() if handles.is_handle(v)]
+        _write_tensors(folder / f"{name}.safetensors", {k: v for k, v in leaves.items() if k not in away})
+        for i, k in enumerate(away):  # one at a time: together they are larger than memory
+            _write_tensors(folder / f"{name}-{i}.safetensors", {k: handles.read(leaves[k])})
     with _together(f"save_state({folder})"):
         if _rank() == 0:
             _publish_state(folder, stamp, step, state)
 
 
 def _publish_state(folder: Path, stamp: str, step: TrainStep, state: TrainState) -> None:
-    files = [f"state-{stamp}-rank{r}.safetensors" for r in range(_ranks())]
-    sizes = {f: (folder / f).stat().st_size for f in files}
+    sizes = {f.name: f.stat().st_size for f in folder.glob(f"state-{stamp}-rank*.safetensors")}
     _write_json(
         folder / "state.json",
         {
             "format": 1,
             "ranks": _ranks(),
             "step": int(state.step),
-            "program": [repr(t) for t in step.program.history],
+            "program": _chain(step),
             "accelerator": [k for k, v in _paths(state) if v.device.type != "cpu"],
             "files": sizes,
         },
@@ -374,21 +374,24 @@ def _load_state(folder: Path, step: TrainStep) -> TrainState:
         raise ValueError(
             f"{folder}: written by {manifest.get('ranks')} ranks (format {manifest.get('format')}), this job has {_ranks()}; start as many ranks (another mesh is not supported yet)"
         )
-    path = folder / next(f for f in manifest["files"] if f.endswith(f"-rank{_rank()}.safetensors"))
-    if path.is_file() and path.stat().st_size != manifest["files"][path.name]:
-        raise ValueError(
-            f"{path}: {path.stat().st_size} bytes, {manifest['files'][path.name]} expected; the file is truncated or was replaced"
-        )
-    found, spec = _read_tensors(path), dict(_paths(step.spec))
+    path, spec, found = folder / "state.json", dict(_paths(step.spec)), dict[str, Tensor]()
+    for name, away in _own_files(manifest["files"]):
+        path = folder / name
+        if path.is_file() and path.stat().st_size != manifest["files"][name]:
+            raise ValueError(
+                f"{path}: {path.stat().st_size} bytes, {manifest['files'][name]} expected; the file is truncated or was replaced"
+            )
+        for k, v in _read_tensors(path).items():
+            found[k] = _put_away(k, v, step, path).requires_grad_(v.requires_grad) if away else v
     for k in spec.keys() ^ found.keys():
         raise ValueError(
-            f"{path}: leaf {k!r} is {'missing' if k in spec else 'unknown'}; {tree.suggest(k, found if k in spec else spec)}; the state belongs to {manifest['program']}, this program is {list(step.program.history)}"
+            f"{path}: leaf {k!r} is {'missing' if k in spec else 'unknown'}; {tree.suggest(k, found if k in spec else spec)}; the state belongs to {manifest['program']}, this program is {_chain(step)}"
         )
     for k, v in spec.items():
         tree.check_leaf(k, found[k], v, what=str(path))
-    if manifest["program"] != [repr(t) for t in step.program.history]:
+    if manifest["program"] != _chain(step):
         raise ValueError(
-            f"{path}: saved under {manifest['program']}, this program is {list(step.program.history)}; make the step with the same chain, or restore the parameters and step.init them"
+            f"{path}: saved under {manifest['program']}, this program is {_chain(step)}; make the step with the same chain, or restore the parameters and step.init them"
         )
     away = set(manifest["accelerator"])
     if away and not torch.cuda.is_available():
@@ -396,6 +399,31 @@ def _load_state(folder: Path, step: TrainStep) -> TrainState:
             f"{path}: {min(away)!r} was on an accelerator, and there is none here; resume where there is one"
         )
     return tree.rebuild(step.spec, iter([found[k].cuda() if k in away else found[k] for k in spec]))
+
+
+def _chain(step: TrainStep) -> list[str]:
+    """The program's transformations, whatever store they use: that is another one in every run."""
+    return [re.sub(r"store=<\w+ [^>]*>", "store", repr(t)) for t in step.program.history]
+
+
+def _own_files(names: Iterable[str]) -> list[tuple[str, bool]]:
+    """Of the files of a state those of this rank, and whether what is in them was in a store."""
+    ours = re.compile(rf"-rank{_rank()}(-\d+)?\.safetensors$")
+    return [(f, found[1] is not None) for f in sorted(names) if (found := ours.search(f))]
+
+
+def _put_away(path: str, x: Tensor, step: TrainStep, file: Path) -> Tensor:
+    """A handle of `x` in the store where the step keeps the leaf."""
+    kind, site, *rest = path.split("/", 2)
+    home = step.program.sites[site].handles.get(rest[0]) if kind == "params" and site in step.program.sites else None
+    if home is not None:
+        tree.check_leaf(path, x, torch.empty(home.shape, dtype=home.dtype, device="meta"), what=str(file))
+        return handles.hold(home.window, rest[0], x)
+    if kind == "optimizer" and step.tx.stream is not None:
+        return handles.hold(step.tx.stream.window, "state", x)
+    raise ValueError(
+        f"{file}: {path!r} was in a store, and this step keeps it in memory; make the step with the same offload(store) and optim.streamed"
+    )
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def train_step(
         raise ValueError(
             f"train_step: optim.sharded over {tx.axis!r} is for parameters that every rank holds whole; this program's {list(program.history)} reduces its gradients already; pass the optimizer without sharded()"
         )
-    if tx.step is None or not getattr(tx.step, "takes_handles", False):
+    if tx.stream is None:
         away = [tree.qualified(s, k) for s, p in program.sites.items() for k in p.handles if p.spec[k].requires_grad]
         if away:
             raise ValueError(

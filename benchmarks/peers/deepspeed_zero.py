@@ -1,4 +1,7 @@
-"""DeepSpeed, ZeRO stage 2 or 3, on CPU with gloo. Options: `stage`, `adam` ("cpu", "fused" or "torch"), `zero` (further settings)."""
+"""DeepSpeed, ZeRO stage 2 or 3, on CPU with gloo.
+
+Options: `stage`, `adam` ("cpu", "fused" or "torch"), `zero` (further settings), `nvme` ("optimizer", "params": what goes to files), `recompute`.
+"""
 
 import os
 from typing import Any
@@ -16,6 +19,8 @@ def build(job: Job) -> Built:
 
     deepspeed.init_distributed("gloo")
     model = llama(job)
+    if job.options.get("recompute"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,

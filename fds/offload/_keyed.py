@@ -104,6 +104,9 @@ class Store(Generic[P]):
         self._workers = ThreadPoolExecutor(window, thread_name_prefix="fds-store")
         weakref.finalize(self, _last_words, self._failed, self._pid)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._name}>"
+
     # --- what a store does with bytes ---
 
     def _write(self, reference: Reference, x: Tensor) -> Value[P]:

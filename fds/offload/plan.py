@@ -1,5 +1,6 @@
 """What a train step holds in memory, before it runs: `plan`."""
 
+import math
 from typing import Any
 
 import attrs
@@ -56,28 +57,30 @@ def plan(step: TrainStep, *, budget: int | None = None) -> Plan:
         "parameters that stay": sum(v.nbytes for v in here.values()),
         "their gradients": sum(v.nbytes for v in here.values() if v.requires_grad),
     }
-    gradient = {
-        "parameters in use": largest * 2 if dropped else sum(h.nbytes for h in homes.values()),
-        "parameters read ahead": largest * window,
-        "gradients on their way": largest * (window + 2),
-    }
+    gradient: dict[str, int] = {}
+    if homes:
+        gradient["parameters in use"] = largest * 2 if dropped else sum(h.nbytes for h in homes.values())
+        gradient["parameters read ahead"] = largest * window
+        gradient["gradients on their way"] = largest * (window + 2)
     held: dict[Any, int] = {}  # by store
     for h in homes.values():
         held[h.window.store] = held.get(h.window.store, 0) + h.nbytes
-    stream: Any = step.tx.step
-    update: dict[str, int] = {}
-    if getattr(stream, "takes_handles", False):
-        states = _states(stream, leaves, homes)
+    stream, update = step.tx.stream, dict[str, int]()
+    if stream is None:
+        always["optimizer state"] = sum(t.nbytes for t in tree.leaves(step.spec.optimizer))
+    else:
+        states, small = _states(step, leaves, homes)
         held[stream.window.store] = held.get(stream.window.store, 0) + sum(states.values())
         away = {k: homes[k].nbytes if k in homes else 0 for k in states}
+        both = max((away[k] + n for k, n in states.items()), default=0)
+        always["optimizer state of small leaves"] = small
+        gradient["leaves kept from the last update"] = both * stream.ahead
         update["leaves read"] = max((2 * away[k] + n for k, n in states.items()), default=0) * (stream.ahead + 1)
-        update["leaves written"] = max((away[k] + n for k, n in states.items()), default=0) * (stream.window.ahead + 1)
-    else:
-        always["optimizer state"] = sum(t.nbytes for t in tree.leaves(step.spec.optimizer))
+        update["leaves written"] = both * (stream.window.ahead + 1)
     always["in HostStore"] = sum(n for store, n in held.items() if isinstance(store, HostStore))
     always["cached by FileStore"] = sum(min(n, s.budget) for s, n in held.items() if isinstance(s, FileStore))
     files = sum(n for store, n in held.items() if isinstance(store, FileStore))
-    found = Plan(always, gradient if homes else {}, update, files)
+    found = Plan(always, gradient, update, files)
     if budget is not None and found.total > budget:
         raise ValueError(
             f"plan: {found.total:,} bytes in memory, and the budget is {budget:,}; smaller windows, more leaves offloaded, or checkpoint() after offload make it less:\n{found}"
@@ -85,12 +88,20 @@ def plan(step: TrainStep, *, budget: int | None = None) -> Plan:
     return found
 
 
-def _states(stream: Any, leaves: dict[str, Tensor], homes: dict[str, Home]) -> dict[str, int]:
-    """Bytes of optimizer state in the store, of each trainable leaf."""
+def _states(step: TrainStep, leaves: dict[str, Tensor], homes: dict[str, Home]) -> tuple[dict[str, int], int]:
+    """Bytes of optimizer state in the store, by trainable leaf; and of that which stays in memory."""
+    stream, axis = step.tx.stream, step.tx.axis
+    wanted = {k: (homes[k].shape, homes[k].dtype) if k in homes else (tuple(v.shape), v.dtype) for k, v in leaves.items() if v.requires_grad}  # fmt: skip
+    if axis is not None:  # one flat shard for each dtype
+        sizes = {d: sum(math.prod(shape) for shape, dtype in wanted.values() if dtype == d) for _, d in wanted.values()}
+        wanted = {str(d): ((-(-n // axis.size),), d) for d, n in sizes.items()}
     found: dict[str, int] = {}
-    for k, v in leaves.items():
-        if v.requires_grad:
-            h = homes.get(k)
-            p = v if h is None else torch.empty(h.shape, dtype=h.dtype, device="meta")
-            found[k] = sum(t.nbytes for t in tree.leaves(stream.tx.init(p)) if t.dim())
-    return found
+    small = 0
+    for k, (shape, dtype) in wanted.items():
+        p = torch.empty(shape, dtype=dtype, device="meta")
+        n = sum(t.nbytes for t in tree.leaves(stream.tx.init([p])) if t.dim())
+        if k in homes or stream.is_away([p]):
+            found[k] = n
+        else:
+            small += n
+    return found, small

@@ -56,6 +56,7 @@ class Optimizer(NamedTuple):
     * `reduce(grads) -> grads`: gradients as `update` takes them. `sharded` reduce-scatters here; then leaves are split over `axis`.
     * `step(grads, state, params, norm=f, ok=ok, donated=d) -> (params, state)`: update and addition at once; nothing changes where the 0-D bool
       `ok` is False. With `donated` it may write over `state` and `params`. See `guarded_step`.
+    * `stream`: of `streamed`, which takes handles in place of parameters; plans ask it what is where.
     """
 
     init: Callable[[Any], Any]
@@ -63,6 +64,7 @@ class Optimizer(NamedTuple):
     reduce: Callable[[Any], Any] = _as_they_are
     axis: Axis | None = None
     step: Step | None = None
+    stream: Any = None
 
 
 def guarded_step(tx: Optimizer, grads: Any, state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any]:  # fmt: skip

@@ -53,7 +53,7 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
             return None
         return _unflat({k: collectives.gather(v, axis) for k, v in done[0].items()}, params), done[1]
 
-    return Optimizer(init, update, reduce, axis, step if tx.step is not None else None)
+    return Optimizer(init, update, reduce, axis, step if tx.step is not None else None, tx.stream)
 
 
 def _check_shards(grads: Any, mine: dict[str, Tensor]) -> None:
