@@ -45,7 +45,9 @@ bench-train: $(VENV)/ready .venv-peers/ready
 # DeepSpeed's aio_handle is compiled by its first use: libaio and its headers have to be there (and fio, as a third contender).
 bench-io: $(VENV)/ready .venv-peers/ready
 	mkdir -p out/io
-	$(BIN)/python benchmarks/io_throughput.py --path out/io --peer-python .venv-peers/bin/python --json benchmarks/results/io.json
+	$(BIN)/python benchmarks/io_throughput.py --path out/io --peer-python .venv-peers/bin/python
+	TMPDIR=$(CURDIR)/out/io $(BIN)/python benchmarks/train.py --groups adamw,offload --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/report.py
 
 # Operators on this machine's GPU against their floors; shortened, and said so, where there is none. No set-up: a GPU machine has its own torch.
 gpu:

@@ -164,6 +164,97 @@ def _traffic(group: Json) -> str:
     return "Traffic. " + "; ".join(lines) + "." if lines else ""
 
 
+# --- offload ---
+
+
+def offload(result: Json) -> str:
+    """Steps with state and parameters in files, and AdamW on the CPU."""
+    parts = [_machine(result)]
+    for group in result["groups"]:
+        parts += [_adamw(group)] if "copy" in group["measured"] else [_heading(group), _stores(group), _losses(group)]
+    return "\n\n".join(parts)
+
+
+def _of(group: Json, name: str, key: str) -> list[float]:
+    return [m[key] for run in group["measured"].get(name, []) for m in run.get("measured", [])]
+
+
+TWINS = {
+    "fds-state": "fds-memory",
+    "fds-params": "fds-memory-recompute",
+    "deepspeed-state": "deepspeed3",
+    "deepspeed-params": "deepspeed3-recompute",
+}
+
+
+def _stores(group: Json) -> str:
+    """Each contender beside the same step in memory, and the larger of that and the time its bytes take on the disk."""
+    write, read = median(_of(group, "disk", "write_gb_s")), median(_of(group, "disk", "read_gb_s"))
+    ran = {c["name"]: c for c in _ran(group)}
+    rows = []
+    for c in group["contenders"]:
+        row = [c["label"], f"did not run: `{c['error']}`" if "error" in c else f"{c['step_s']:.3f}"]
+        if "error" not in c:
+            low, _, high = c["step_s_quartiles"]
+            row += [f"{low:.3f} to {high:.3f}", f"{sum(c['peak_rss']['steady']) / GB:.2f}"]
+            io, twin = c["facts"].get("io") or {}, ran.get(TWINS.get(c["name"], ""))
+            disk = io["read"] / read / GB + io["write"] / write / GB if io.get("read") else None
+            row += [f"{io['read'] / GB:.2f} + {io['write'] / GB:.2f}", f"{disk:.2f}"] if disk else ["", ""]
+            row += [f"{_over(c, twin):.2f}" if twin else "", f"{_over(c, twin, disk):.2f}" if twin and disk else ""]
+        rows.append(row + [""] * (8 - len(row)))
+    head = ["", "s/step", "quartiles", "peak RSS, GB", "GB read + written", "of the disk alone, s"]
+    head += ["times the step in memory", "times max(step in memory, disk)"]
+    return f"Disk: {write:.2f} GB/s written, {read:.2f} GB/s read, 1 GiB in one file, in the same rounds.\n\n{table(head, rows)}"
+
+
+def _over(c: Json, twin: Json, disk: float | None = None) -> float:
+    rounds = zip(c["step_s_rounds"], twin["step_s_rounds"], strict=True)
+    return median(median(a) / max(median(b), disk or 0.0) for a, b in rounds)
+
+
+def _adamw(group: Json) -> str:
+    copied, ours = median(_of(group, "copy", "gb_s")), _of(group, "fds", "seconds")
+    rows = []
+    for name, runs in group["measured"].items():
+        label, error = runs[0]["label"], runs[0].get("error")
+        if error or name == "copy":
+            rows += [[label, f"did not run: `{error}`", "", "", ""]] if error else []
+            continue
+        took, bytes_each = _of(group, name, "seconds"), 26 if "bf16" in name else 28
+        rate = bytes_each * 0.1 / median(took)
+        against = median(t / o for t, o in zip(took, ours, strict=True))
+        rows.append([label, f"{1e3 * median(took):.0f}", f"{rate:.1f}", f"{rate / copied:.0%}", f"{against:.2f}"])
+    sums = {name: _of(group, name, "sum")[-1] for name in group["measured"] if _of(group, name, "sum")}
+    middle = sorted(sums.values())[len(sums) // 2]
+    off = max(abs(v - middle) for v in sums.values())
+    head = ["", "ms", "GB/s", "of the copy's bandwidth", "times fds.optim.adamw's time"]
+    return (
+        f"### AdamW, 100M float32 parameters in 25 leaves, {group['threads']} threads\n\nCommit {group['commit']}, medians of {len(ours)} rounds of 3 updates. "
+        f"28 bytes a parameter are read or written (26 with bf16 gradients). A copy of 1 GiB moves {copied:.1f} GB/s, read and written; it also reads what it is about to write over, "
+        f"which an update in place has read anyway.\n\n{table(head, rows)}\n\nSum of 25,000 parameters after the last update: largest difference {off:.1e}."
+    )
+
+
+# --- files ---
+
+
+def io_throughput(result: Json) -> str:
+    """GB/s of each contender's best settings."""
+    m = result["machine"]
+    names = list(dict.fromkeys(n for row in result["best"].values() for n in row))
+    rows = []
+    for key, row in result["best"].items():
+        cells = [f"{row[n]['gb_s']:.2f}" if n in row else "" for n in names]
+        ratios = [f"{row['fds']['gb_s'] / row[n]['gb_s']:.2f}x" if n in row else "" for n in ("deepspeed", "fio")]
+        rows.append([key, *cells, *ratios])
+    versions = ", ".join(f"{k} {v}" for known in result["versions"].values() for k, v in known.items() if k != "python")
+    missing = "".join(f" {k} was not measured: {why}." for k, why in result["missing"].items())
+    return (
+        f"{result['date']}, {m['cpu']}, {m['cores']} cores, Linux {result['kernel'].split('-')[0]}. {versions}. Medians of {result['rounds']} rounds in which all settings take turns; GB/s of each contender's best settings.{missing}\n\n"
+        + table(["", *names, "fds / aio_handle", "fds / fio"], rows)
+    )
+
+
 def spliced(text: str, name: str, body: str) -> str:
     """`text` with the part between the markers of `name` replaced; appended, markers included, if there are none."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -175,7 +266,7 @@ def spliced(text: str, name: str, body: str) -> str:
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
 
 
-RENDERERS = {"train": train}
+RENDERERS = {"train": train, "offload": offload, "io_throughput": io_throughput}
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ class Group:
     threads: int
     entries: tuple[Entry, ...]
     measures: tuple[Entry, ...] = ()
+    page: str = "train"  # the result file that it goes to
 
 
 PROBE = Entry("probe", "machine", "probe:build")
@@ -79,6 +80,7 @@ OFFLOAD = (
     Entry("fds-params", "fds, parameters and state in files, recomputing", "offload_work:step", {"params": True, "recompute": True}),
     Entry("deepspeed3", "DeepSpeed ZeRO-3, in memory", "peers.deepspeed_zero:build", {"stage": 3}, peer=True),
     Entry("deepspeed-state", "DeepSpeed ZeRO-3, nvme optimizer", "peers.deepspeed_zero:build", {"stage": 3, "zero": STATE}, peer=True),
+    Entry("deepspeed3-recompute", "DeepSpeed ZeRO-3, in memory, recomputing", "peers.deepspeed_zero:build", {"stage": 3, "recompute": True}, peer=True),
     Entry("deepspeed-params", "DeepSpeed ZeRO-3, nvme optimizer and parameters, recomputing", "peers.deepspeed_zero:build", {"stage": 3, "zero": PARAMS, "recompute": True}, peer=True),
 )  # fmt: skip
 ADAM = (
@@ -92,8 +94,8 @@ GROUPS = (
     Group("fp32", "33.7M", "fp32", 2, 1, SHARDED, (PROBE,)),
     Group("bf16", "33.7M", "bf16", 2, 1, SHARDED, (PROBE,)),
     Group("single", "6.5M", "fp32", 1, 2, SINGLE, (PROBE, APPLY)),
-    Group("offload", "60M", "fp32", 1, 2, OFFLOAD, (PROBE, Entry("disk", "disk", "offload_work:disk"))),
-    Group("adamw", "60M", "fp32", 1, 2, (), ADAM),
+    Group("offload", "60M", "fp32", 1, 2, OFFLOAD, (PROBE, Entry("disk", "disk", "offload_work:disk")), "offload"),
+    Group("adamw", "60M", "fp32", 1, 2, (), ADAM, "offload"),
 )
 
 
@@ -282,7 +284,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds")
     parser.add_argument("--steps", type=int, help="steps of each contender in a round")
     parser.add_argument(
-        "--groups", default="fp32,bf16,single", help=f"of {','.join(g.name for g in GROUPS)} (default: %(default)s)"
+        "--groups",
+        default=",".join(g.name for g in GROUPS if g.page == "train"),
+        help=f"of {','.join(g.name for g in GROUPS)} (default: %(default)s)",
     )
     parser.add_argument(
         "--only", help="contenders whose name begins with one of these, comma-separated: fds,deepspeed3,..."
@@ -312,6 +316,8 @@ def _selected(args: argparse.Namespace) -> list[Group]:
         names += sorted({e.name for g in GROUPS for e in g.entries})
     if unknown:
         raise ValueError(f"--groups/--only: {', '.join(unknown)} unknown; there are {', '.join(names)}")
+    if len({g.page for g in groups}) > 1:
+        raise ValueError(f"--groups: {args.groups} go to several result files; give those of one at a time")
     return [replace(g, size=args.size) if args.size else g for g in groups if g.entries or not args.only]
 
 
@@ -327,10 +333,11 @@ def main() -> None:
     groups = _selected(args)
     rounds, steps = args.rounds or (2 if args.quick else 5), args.steps or (1 if args.quick else 3)
     partial = args.only or args.size
-    out: Path = args.out or (Path("out/train.json") if partial else HERE / "results" / "train.json")
+    (page,) = {g.page for g in groups}
+    out: Path = args.out or (Path("out") if partial else HERE / "results") / f"{page}.json"
     warm_up = 2
     result: dict[str, Any] = {
-        "benchmark": "train",
+        "benchmark": page,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine(),
         "versions": versions("torch", "transformers", "optree", "fds"),

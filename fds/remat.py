@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fds import tree
 from fds._torch import inside_functorch
 from fds.frame import FRAME, Apply, Draws, Frame, scoped
-from fds.offload.handles import BRING_BACK, PUT_AWAY, Stash
+from fds.offload.stash import BRING_BACK, PUT_AWAY, Stash
 from fds.transform import Transform, around, direct
 
 Policy = str | Callable[[Any], bool] | None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fds import tree
-from fds.offload.handles import FETCH, SHAPE, Home, Window, hold, read_gradient, record
+from fds.offload.handles import FETCH, SHAPE, Home, Window, forget, hold, read_gradient, record
 from fds.offload.store import FileStore, HostStore, Reference, StoreError
 from fds.program import Lens, Program
 from fds.sharding.zero import unflatten
@@ -20,6 +20,7 @@ __all__ = [
     "Reference",
     "StoreError",
     "compute_device",
+    "forget",
     "offload",
     "read_gradient",
     "record",

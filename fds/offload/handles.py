@@ -24,6 +24,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from fds import tree
 from fds._torch import opaque_operator, operator
 from fds.memory import give_back_freed
 from fds.offload.store import FileStore, HostStore, Reference
@@ -31,7 +32,7 @@ from fds.offload.store import FileStore, HostStore, Reference
 MAGIC = 7349.0
 SHAPE = (3,)
 _TICKETS = random.SystemRandom()
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 _HELD: "weakref.WeakValueDictionary[int, Held]" = (
     weakref.WeakValueDictionary()
 )  # by ticket; a window keeps its own alive
@@ -152,7 +153,7 @@ class Window:
 
     def get(self, held: Held) -> Tensor:
         """The tensor, in host memory and the caller's own; those that came after it last time are begun."""
-        with _LOCK:
+        with LOCK:
             known = self._coming.pop(held.key, None)
             if known is None or known[0] is not held.reference:
                 known = held.reference, self.begin(held)
@@ -162,7 +163,7 @@ class Window:
 
     def boundary(self) -> None:
         """Tensors are written from here on: what would be read next is not what is there now."""
-        with _LOCK:
+        with LOCK:
             self._learn(None)
             self._coming.clear()
 
@@ -186,6 +187,10 @@ class Window:
     def track(self, held: Held) -> None:
         self._current[held.key] = held
 
+    def drop(self, held: Held) -> None:
+        self._current.pop(held.key, None)
+        self._coming.pop(held.key, None)
+
 
 # --- from tensors to handles and back ---
 
@@ -194,30 +199,38 @@ def hold(window: Window, name: str, x: Tensor) -> Tensor:
     """A handle of `x`, which is written to the store under a key of its own."""
     key = f"{next(window.names)}:{name}"
     x = x.detach().to("cpu")
-    held = Held(window, key, window.put(key, _owned(window, x)), tuple(x.shape), x.dtype)
+    held = Held(window, key, window.put(key, owned(window, x)), tuple(x.shape), x.dtype)
     window.track(held)
     return _issue(held)
 
 
-def _owned(window: Window, x: Tensor) -> Tensor:
+def owned(window: Window, x: Tensor) -> Tensor:
     """What a store may read while the caller goes on: a copy, but for stores that make one themselves."""
     return x if isinstance(window.store, HostStore) else x.clone(memory_format=torch.contiguous_format)
 
 
 def rewrite(handle: Tensor, x: Tensor) -> Tensor:
     """The handle of the next generation: `x`, the caller's own and given up by it, in place of what `handle` stands for. `handle` is spent."""
-    with _LOCK:
+    with LOCK:
         held = find(handle)
         for gradient, _ in held.gradients.values():
             _forget(gradient)
         held.gradients.clear()
-        held.reference = held.window.put(held.key, x)
+        return renew(held, x)
+
+
+def renew(held: Held, x: Tensor) -> Tensor:
+    """A handle of `x`, the caller's own and given up by it, under the key of `held`. The handle before it is spent."""
+    with LOCK:
         _HELD.pop(held.ticket, None)
+        held.shape, held.dtype = tuple(x.shape), x.dtype
+        held.reference = held.window.put(held.key, x)
+        held.window.track(held)
         return _issue(held)
 
 
 def _issue(held: Held) -> Tensor:
-    with _LOCK:
+    with LOCK:
         held.ticket = _ticket()
         _HELD[held.ticket] = held
     return _handle(held.ticket)
@@ -267,6 +280,20 @@ def read(handle: Tensor) -> Tensor:
     return held.window.get(held)
 
 
+def forget(stored: Any) -> None:
+    """Delete the tensors in stores behind the handles of a tree, with the gradients that wait; the handles are spent. Other leaves stay.
+
+    A store cannot see that a tree is thrown away: its tensors stay until the store is closed.
+    """
+    for leaf in tree.leaves(stored):
+        if is_handle(leaf):
+            held = find(leaf)
+            for gradient, _ in held.gradients.values():
+                _forget(gradient)
+            held.window.drop(held)
+            _forget(held)
+
+
 def _forget(held: Held) -> None:
     held.window.store.delete(held.reference.result().key)
     _HELD.pop(held.ticket, None)
@@ -280,9 +307,9 @@ def _deposit(gradient: Tensor, handle: Tensor) -> Tensor:
     x = gradient.detach().to("cpu")
     flat, ticket = x.reshape(-1).float(), _ticket()
     key = f"{held.key}/gradient/{ticket}"
-    reference = held.window.put(key, _owned(held.window, x))
+    reference = held.window.put(key, owned(held.window, x))
     new = Held(held.window, key, reference, tuple(x.shape), x.dtype, ticket)
-    with _LOCK:
+    with LOCK:
         _HELD[ticket] = new
         held.gradients[ticket] = new, torch.dot(flat, flat)
         while len(held.gradients) > _GRADIENTS:
@@ -408,79 +435,4 @@ SQUARE = opaque_operator(
     "(Tensor handle, Tensor gradient) -> Tensor",
     _square,
     _square_shape,
-)
-
-
-# --- activations ---
-
-_WINDOWS: "weakref.WeakValueDictionary[int, Stash]" = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
-
-
-class Stash:
-    """Activations in a store: written in forward, read once in backward, in the reverse order."""
-
-    def __init__(self, store: Any, ahead: int) -> None:
-        self.window = Window(store, ahead)
-        self.places: list[Held] = []
-        self.free: list[bool] = []
-        self.writing = True
-        self.number = next(_NUMBERS)
-        _WINDOWS[self.number] = self
-
-    def put(self, x: Tensor) -> Tensor:
-        """A handle of an activation, under the first key that is free: the same one in every step, so that reading ahead can learn the order."""
-        with _LOCK:
-            if not self.writing:
-                self.window.boundary()
-            self.writing = True
-            i = self.free.index(True) if True in self.free else len(self.free)
-            if i == len(self.free):
-                self.places.append(Held(self.window, f"activation/{i}", Future(), (), x.dtype))
-                self.free.append(False)
-            held = self.places[i]
-            self.free[i] = False
-            _HELD.pop(held.ticket, None)
-            host = x.detach().to("cpu")
-            held.shape, held.dtype = tuple(x.shape), x.dtype
-            held.reference = self.window.put(held.key, _owned(self.window, host))
-            self.window.track(held)
-            return _issue(held)
-
-    def get(self, handle: Tensor) -> Tensor:
-        held = find(handle)
-        with _LOCK:
-            self.writing = False
-            self.free[self.places.index(held)] = True
-        return self.window.get(held)
-
-
-def _put_away(x: Tensor, number: int) -> Tensor:
-    return _WINDOWS[number].put(x)
-
-
-def _bring_back(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, number: int) -> Tensor:
-    return _WINDOWS[number].get(handle).to(device, non_blocking=True)
-
-
-def _put_away_shape(x: Tensor, number: int) -> Tensor:
-    return x.new_empty(SHAPE, dtype=torch.float64, device="cpu")
-
-
-def _bring_back_shape(handle: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, number: int) -> Tensor:  # fmt: skip
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-PUT_AWAY = opaque_operator(
-    "offload_put_away",
-    "(Tensor x, int number) -> Tensor",
-    _put_away,
-    _put_away_shape,
-)
-
-BRING_BACK = opaque_operator(
-    "offload_bring_back",
-    "(Tensor handle, SymInt[] shape, ScalarType dtype, Device device, int number) -> Tensor",
-    _bring_back,
-    _bring_back_shape,
 )

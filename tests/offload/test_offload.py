@@ -11,7 +11,7 @@ import zoo
 
 import fds
 from fds import optim, tree
-from fds.offload import FileStore, HostStore, aio, read_gradient, record
+from fds.offload import FileStore, HostStore, aio, forget, read_gradient, record
 from fds.offload.plan import plan
 
 STORES = ["host", "file"]
@@ -216,6 +216,20 @@ def test_what_cannot_be_is_an_error(tmp_path):
         stored[""] = {k: v * 2 for k, v in stored[""].items()}
         with pytest.raises(ValueError, match=r"spent|no handle"):
             away(stored, **batch)
+
+
+def test_a_tree_that_is_forgotten_leaves_nothing(tmp_path):
+    program, params = fds.functionalize(zoo.build("llama"))
+    with FileStore(tmp_path) as store:
+        away = fds.chain(fds.offload(store), fds.checkpoint())(program)
+        kept, stored = away.place(params), away.place(params)
+        n = len(store.keys()) // 2
+        fds.value_and_grad(lambda s: fds.losses.causal_lm(away, s, zoo.batch("llama")), wrt=away)(stored)
+        assert len(store.keys()) > 2 * n
+        forget(stored)
+        assert len(store.keys()) == n and equal(away.restore(kept), params)
+        with pytest.raises(ValueError, match="spent"):
+            away.restore(stored)
 
 
 def test_gradients_are_handles_that_can_be_read(tmp_path):
