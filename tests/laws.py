@@ -298,8 +298,8 @@ def ten_steps(family, name, microbatches=1, how="eager", optimizer="adamw", trai
         "offloaded": fds.optim.offloaded(tx),
         "sharded": fds.optim.sharded(tx, axis),
         "sharded offloaded": fds.optim.sharded(fds.optim.offloaded(tx), axis),
-        "streamed": fds.optim.streamed(tx, HOST, min_bytes=0),
-        "sharded streamed": fds.optim.sharded(fds.optim.streamed(tx, HOST, min_bytes=0), axis),
+        "streamed": fds.optim.streamed(tx, HOST, bucket_bytes=0),
+        "sharded streamed": fds.optim.sharded(fds.optim.streamed(tx, HOST, bucket_bytes=0), axis),
     }[optimizer]
     step = fds.train_step(program, tx, loss=zoo.loss, microbatches=microbatches, seed=5)
     run = fds.compile(step) if how == "compiled" else step

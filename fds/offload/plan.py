@@ -1,6 +1,5 @@
 """What a train step holds in memory, before it runs: `plan`."""
 
-import math
 from typing import Any
 
 import attrs
@@ -69,14 +68,12 @@ def plan(step: TrainStep, *, budget: int | None = None) -> Plan:
     if stream is None:
         always["optimizer state"] = sum(t.nbytes for t in tree.leaves(step.spec.optimizer))
     else:
-        states, small = _states(step, leaves, homes)
-        held[stream.window.store] = held.get(stream.window.store, 0) + sum(states.values())
-        away = {k: homes[k].nbytes if k in homes else 0 for k in states}
-        both = max((away[k] + n for k, n in states.items()), default=0)
-        always["optimizer state of small leaves"] = small
-        gradient["leaves kept from the last update"] = both * stream.ahead
-        update["leaves read"] = max((2 * away[k] + n for k, n in states.items()), default=0) * (stream.ahead + 1)
-        update["leaves written"] = both * (stream.window.ahead + 1)
+        buckets = _buckets(step, leaves, homes)
+        held[stream.window.store] = held.get(stream.window.store, 0) + sum(state for _, state in buckets)
+        written = max((away + state for away, state in buckets), default=0)
+        gradient["buckets kept from the last update"] = written * stream.ahead
+        update["buckets read"] = max((2 * away + state for away, state in buckets), default=0) * (stream.ahead + 1)
+        update["buckets written"] = written * (stream.window.ahead + 1)
     always["in HostStore"] = sum(n for store, n in held.items() if isinstance(store, HostStore))
     always["cached by FileStore"] = sum(min(n, s.budget) for s, n in held.items() if isinstance(s, FileStore))
     files = sum(n for store, n in held.items() if isinstance(store, FileStore))
@@ -88,20 +85,20 @@ def plan(step: TrainStep, *, budget: int | None = None) -> Plan:
     return found
 
 
-def _states(step: TrainStep, leaves: dict[str, Tensor], homes: dict[str, Home]) -> tuple[dict[str, int], int]:
-    """Bytes of optimizer state in the store, by trainable leaf; and of that which stays in memory."""
+def _buckets(step: TrainStep, leaves: dict[str, Tensor], homes: dict[str, Home]) -> list[tuple[int, int]]:
+    """Of each bucket of a streamed optimizer: bytes of its parameters that are away, and of its state."""
     stream, axis = step.tx.stream, step.tx.axis
-    wanted = {k: (homes[k].shape, homes[k].dtype) if k in homes else (tuple(v.shape), v.dtype) for k, v in leaves.items() if v.requires_grad}  # fmt: skip
+    trained = {k: v for k, v in leaves.items() if v.requires_grad}
     if axis is not None:  # one flat shard for each dtype
-        sizes = {d: sum(math.prod(shape) for shape, dtype in wanted.values() if dtype == d) for _, d in wanted.values()}
-        wanted = {str(d): ((-(-n // axis.size),), d) for d, n in sizes.items()}
-    found: dict[str, int] = {}
-    small = 0
-    for k, (shape, dtype) in wanted.items():
-        p = torch.empty(shape, dtype=dtype, device="meta")
-        n = sum(t.nbytes for t in tree.leaves(stream.tx.init([p])) if t.dim())
-        if k in homes or stream.is_away([p]):
-            found[k] = n
-        else:
-            small += n
-    return found, small
+        sizes: dict[torch.dtype, int] = {}
+        for v in trained.values():
+            sizes[v.dtype] = sizes.get(v.dtype, 0) + v.numel()
+        trained = {str(d): torch.empty(-(-n // axis.size), dtype=d, device="meta") for d, n in sizes.items()}
+    names = list(trained)
+    found: list[tuple[int, int]] = []
+    for bucket in stream.buckets(list(trained.values())):
+        away = [homes[names[i]] for i in bucket if names[i] in homes]
+        whole = [torch.empty(h.shape, dtype=h.dtype, device="meta") for h in away]
+        whole += [trained[names[i]] for i in bucket if names[i] not in homes]
+        found.append((sum(h.nbytes for h in away), stream.state_nbytes(whole)))
+    return found

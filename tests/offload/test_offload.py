@@ -42,8 +42,8 @@ def rule(name):
 
 
 def streamed(tx, store, **options):
-    """Models are tiny here: every leaf goes."""
-    return optim.streamed(tx, store, min_bytes=0, **options)
+    """Models are tiny here: every leaf is a bucket."""
+    return optim.streamed(tx, store, **{"bucket_bytes": 0, **options})
 
 
 def train(chain, tx, steps=10, microbatches=1, compiled=False, bad=None):
@@ -90,17 +90,17 @@ def test_any_window_block_and_depth(window, block, depth, threads, tmp_path):
     assert got[0] == want[0] and equal(got[1], want[1])
 
 
-def test_small_leaves_keep_their_state(tmp_path):
-    """Together in memory, and bit by bit the same; the last leaf of a step is still there when the next begins."""
+def test_buckets_are_read_and_written_at_once(tmp_path):
+    """Bit by bit the same; and the last bucket of a step is still there when the next begins."""
     want = train(None, rule("adamw"))
     with FileStore(tmp_path) as store, record() as events:
-        tx = optim.streamed(rule("adamw"), store, window=1, min_bytes=4000)
-        got = train(None, tx)
+        got = train(None, streamed(rule("adamw"), store, window=1, bucket_bytes=30_000))
+        n = len(store.keys())
         program, _ = fds.functionalize(zoo.build("llama"))
-        large = [v for p in program.sites.values() for v in p.spec.values() if v.requires_grad and v.nbytes >= 4000]
-        assert len(store.keys()) == 2 * len(large) > 2
+        trained = [v for part in program.spec.values() for v in part.values() if v.requires_grad]
+        assert 2 < n < len(trained) and store.nbytes == 2 * sum(v.nbytes for v in trained)
         reads, writes = (sum(1 for e in events if e.kind == kind) for kind in ("read", "write"))
-        assert writes == 2 * len(large) * 11 and reads == 2 * len(large) * 10 - 2 * 9
+        assert writes == n * 11 and reads == n * 10 - 9
     assert got[0] == want[0] and equal(got[1], want[1])
 
 
@@ -263,7 +263,7 @@ def test_a_state_of_handles_is_saved_and_goes_on_elsewhere(tmp_path):
     def made(store):
         program, params = fds.functionalize(zoo.build("llama"))
         chain = fds.chain(fds.offload(store, match="*proj.weight"), fds.checkpoint())
-        return fds.train_step(chain(program), optim.streamed(rule("adamw"), store, min_bytes=4000)), params
+        return fds.train_step(chain(program), optim.streamed(rule("adamw"), store, bucket_bytes=4000)), params
 
     def go(step, state, steps):
         for i in steps:
@@ -391,8 +391,8 @@ def test_a_plan_is_what_the_specs_say(tmp_path):
         found = plan(fds.train_step(away, streamed(optim.adamw(1e-3), store, window=1)))
         stay = sum(v.nbytes for p in away.sites.values() for k, v in p.spec.items() if k not in p.handles)
         assert found.files == 3 * everything and found.always["parameters that stay"] == stay
-        assert found.gradient == {"parameters in use": 2 * largest, "parameters read ahead": largest, "gradients on their way": 3 * largest, "leaves kept from the last update": 3 * largest}  # fmt: skip
-        assert found.update == {"leaves read": 8 * largest, "leaves written": 6 * largest}
+        assert found.gradient == {"parameters in use": 2 * largest, "parameters read ahead": largest, "gradients on their way": 3 * largest, "buckets kept from the last update": 3 * largest}  # fmt: skip
+        assert found.update == {"buckets read": 8 * largest, "buckets written": 6 * largest}
         assert "in memory, at most" in str(found)
         kept = plan(fds.train_step(fds.offload(store)(program), optim.streamed(optim.adamw(1e-3), store)))
         assert kept.gradient["parameters in use"] == everything
