@@ -154,7 +154,8 @@ class Stream:
                 if not coming:
                     break
                 bucket, wait = coming.popleft()
-                self._finish(bucket, *wait(), norm, donated)
+                params, grad, flats = wait()
+                self._finish(bucket, params, grad, flats, norm, donated)
         finally:
             for w in {self.window, *(handles.find(h).window for b in order for h in b.homes)}:
                 w.boundary()
