@@ -14,7 +14,7 @@ import random
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -49,6 +49,7 @@ class Held:
     shape: tuple[int, ...]
     dtype: torch.dtype
     ticket: int = 0
+    number: int = 0  # in the order in which tensors were put into the window's store
     gradients: "dict[int, tuple[Held, Tensor]]" = attrs.field(factory=dict[int, Any])  # with their squared norms
 
 
@@ -112,6 +113,14 @@ def waited(key: str, future: Future[Any]) -> Any:
     return result
 
 
+def _pass_on(source: Future[Any], target: Future[Any]) -> None:
+    error = source.exception()
+    if error is None:
+        target.set_result(source.result())
+    else:
+        target.set_exception(error)
+
+
 class Window:
     """A store, with reading ahead and writing behind: at most `ahead` tensors are on their way in, and as many on their way out.
 
@@ -127,36 +136,51 @@ class Window:
         self._after: dict[tuple[str | None, str | None], str | None] = {}
         self._last: tuple[str | None, str | None] = (None, None)
         self._coming: OrderedDict[str, tuple[Future[Reference], Future[Tensor]]] = OrderedDict()
-        self._going: list[Future[Reference]] = []
+        self._going: deque[Future[Reference]] = deque()
+        self._lock = threading.Lock()
         self._current: dict[str, Held] = {}
 
     def put(self, key: str, x: Tensor) -> Future[Reference]:
         """Begin to write `x`, which nobody changes from now on."""
-        while len(self._going) > self.ahead:
-            waited(key, self._going.pop(0))
+        self.settle(self.ahead)
         future: Future[Reference] = self.store.put(key, x)
         _noted("write", key, x.nbytes, future)
         self._going.append(future)
         return future
 
-    def begin(self, held: Held) -> Future[Tensor]:
-        """Begin to read the tensor."""
-        reference = held.reference.result()
-        future: Future[Tensor] = self.store.get(reference)
-        _noted("read", held.key, reference.nbytes, future)
-        return future
+    def begin(self, key: str, reference: Future[Reference]) -> Future[Tensor]:
+        """Begin to read a generation: at once, or as soon as it is written."""
+        coming: Future[Tensor] = Future()
+        box = [coming]  # emptied: a future keeps its callbacks, and this one would keep the tensor
 
-    def settle(self) -> None:
-        """Wait for all writes."""
-        while self._going:
-            waited("", self._going.pop(0))
+        def read(known: Future[Reference]) -> None:
+            coming = box.pop()
+            try:
+                future: Future[Tensor] = self.store.get(known.result())
+            except BaseException as error:  # it was not written, or is spent: who asks for it is told
+                coming.set_exception(error)
+            else:
+                _noted("read", key, known.result().nbytes, future)
+                future.add_done_callback(lambda f: _pass_on(f, coming))
+
+        reference.add_done_callback(read)
+        return coming
+
+    def settle(self, left: int = 0) -> None:
+        """Wait until at most `left` tensors are on their way out."""
+        while True:
+            with self._lock:
+                oldest = self._going.popleft() if len(self._going) > left else None
+            if oldest is None:
+                return
+            waited("", oldest)
 
     def get(self, held: Held) -> Tensor:
         """The tensor, in host memory and the caller's own; those that came after it last time are begun."""
         with LOCK:
             known = self._coming.pop(held.key, None)
             if known is None or known[0] is not held.reference:
-                known = held.reference, self.begin(held)
+                known = held.reference, self.begin(held.key, held.reference)
             self._learn(held.key)
             self._read_ahead()
         return waited(held.key, known[1])
@@ -179,10 +203,10 @@ class Window:
             if key is None or held is None:
                 return
             last = (last[1], key)
-            if key not in self._coming and held.reference.done():
+            if key not in self._coming:
                 while len(self._coming) >= self.ahead:
                     self._coming.popitem(last=False)
-                self._coming[key] = held.reference, self.begin(held)
+                self._coming[key] = held.reference, self.begin(key, held.reference)
 
     def track(self, held: Held) -> None:
         self._current[held.key] = held
@@ -197,9 +221,9 @@ class Window:
 
 def hold(window: Window, name: str, x: Tensor) -> Tensor:
     """A handle of `x`, which is written to the store under a key of its own."""
-    key = f"{next(window.names)}:{name}"
-    x = x.detach().to("cpu")
-    held = Held(window, key, window.put(key, owned(window, x)), tuple(x.shape), x.dtype)
+    number = next(window.names)
+    key, x = f"{number}:{name}", x.detach().to("cpu")
+    held = Held(window, key, window.put(key, owned(window, x)), tuple(x.shape), x.dtype, number=number)
     window.track(held)
     return _issue(held)
 
@@ -209,14 +233,19 @@ def owned(window: Window, x: Tensor) -> Tensor:
     return x if isinstance(window.store, HostStore) else x.clone(memory_format=torch.contiguous_format)
 
 
-def rewrite(handle: Tensor, x: Tensor) -> Tensor:
-    """The handle of the next generation: `x`, the caller's own and given up by it, in place of what `handle` stands for. `handle` is spent."""
+def promise(handle: Tensor) -> Future[Reference]:
+    """Spend a handle: the numbers of a generation that is still to come are written over its own. `fulfil` says what it is."""
     with LOCK:
         held = find(handle)
-        for gradient, _ in held.gradients.values():
-            _forget(gradient)
-        held.gradients.clear()
-        return renew(held, x)
+        _HELD.pop(held.ticket, None)
+        held.reference = Future()
+        handle.detach().copy_(_issue(held))
+        return held.reference
+
+
+def fulfil(held: Held, promised: Future[Reference], x: Tensor) -> None:
+    """Begin to write `x`, the caller's own and given up by it, as the generation that was promised."""
+    held.window.put(held.key, x).add_done_callback(lambda f: _pass_on(f, promised))
 
 
 def renew(held: Held, x: Tensor) -> Tensor:
@@ -289,12 +318,13 @@ def forget(stored: Any) -> None:
         if is_handle(leaf):
             held = find(leaf)
             for gradient, _ in held.gradients.values():
-                _forget(gradient)
+                delete(gradient)
             held.window.drop(held)
-            _forget(held)
+            delete(held)
 
 
-def _forget(held: Held) -> None:
+def delete(held: Held) -> None:
+    """Delete a tensor; its handle is spent."""
     held.window.store.delete(held.reference.result().key)
     _HELD.pop(held.ticket, None)
 
@@ -313,7 +343,7 @@ def _deposit(gradient: Tensor, handle: Tensor) -> Tensor:
         _HELD[ticket] = new
         held.gradients[ticket] = new, torch.dot(flat, flat)
         while len(held.gradients) > _GRADIENTS:
-            _forget(held.gradients.pop(next(iter(held.gradients)))[0])
+            delete(held.gradients.pop(next(iter(held.gradients)))[0])
     return _handle(ticket)
 
 
@@ -331,15 +361,25 @@ def _parts(handle: Tensor, gradient: Tensor) -> list[int]:
     )
 
 
-def take_gradient(handle: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
-    """Begin to read a gradient; the function waits for it, sums its parts in the order of their arrival."""
+def claim_gradient(handle: Tensor, gradient: Tensor) -> list[Held]:
+    """The parts of a gradient, which are the caller's from now on: to be read by `sum_of`, and deleted. What else waits is deleted here."""
     held = find(handle)
-    parts = [held.window.begin(held.gradients[t][0]) for t in _parts(handle, gradient)]
+    with LOCK:
+        mine = [held.gradients.pop(t)[0] for t in _parts(handle, gradient)]
+        for other, _ in held.gradients.values():
+            delete(other)
+        held.gradients.clear()
+    return mine
+
+
+def sum_of(parts: Sequence[Held]) -> Callable[[], Tensor]:
+    """Begin to read tensors; the function waits for them and adds them up in their order."""
+    coming = [p.window.begin(p.key, p.reference) for p in parts]
 
     def result() -> Tensor:
-        total: Tensor = waited(held.key, parts[0])
-        for p in parts[1:]:
-            total = total.add_(waited(held.key, p))
+        total: Tensor = waited(parts[0].key, coming[0])
+        for p, more in zip(parts[1:], coming[1:], strict=True):
+            total = total.add_(waited(p.key, more))
         return total
 
     return result
@@ -347,21 +387,22 @@ def take_gradient(handle: Tensor, gradient: Tensor) -> Callable[[], Tensor]:
 
 def read_gradient(handle: Tensor, gradient: Tensor) -> Tensor:
     """The gradient behind `gradient`, of the parameter behind `handle`: a leaf of `value_and_grad`'s result and the same leaf of the stored tree."""
-    return take_gradient(handle, gradient)()
+    held = find(handle)
+    return sum_of([held.gradients[t][0] for t in _parts(handle, gradient)])()
 
 
 def drop_gradient(handle: Tensor, gradient: Tensor) -> None:
     """Forget a gradient that nobody will take."""
     held = find(handle)
     for t in _parts(handle, gradient):
-        _forget(held.gradients.pop(t)[0])
+        delete(held.gradients.pop(t)[0])
 
 
 def _square(handle: Tensor, gradient: Tensor) -> Tensor:
     held, tickets = find(handle), _parts(handle, gradient)
     if len(tickets) == 1:
         return held.gradients[tickets[0]][1].reshape(1)
-    flat = take_gradient(handle, gradient)().reshape(-1).float()
+    flat = read_gradient(handle, gradient).reshape(-1).float()
     return torch.dot(flat, flat).reshape(1)
 
 

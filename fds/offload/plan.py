@@ -23,11 +23,13 @@ class Plan:
     gradient: dict[str, int]
     update: dict[str, int]
     files: int
+    overlaps: bool = False  # updates run while the next step's forward pass does
 
     @property
     def total(self) -> int:
         """In memory, at most."""
-        return sum(self.always.values()) + max(sum(self.gradient.values()), sum(self.update.values()))
+        parts = sum(self.gradient.values()), sum(self.update.values())
+        return sum(self.always.values()) + (sum(parts) if self.overlaps else max(parts))
 
     def __str__(self) -> str:
         rows = list(self.always.items())
@@ -71,13 +73,15 @@ def plan(step: TrainStep, *, budget: int | None = None) -> Plan:
         buckets = _buckets(step, leaves, homes)
         held[stream.window.store] = held.get(stream.window.store, 0) + sum(state for _, state in buckets)
         written = max((away + state for away, state in buckets), default=0)
-        gradient["buckets kept from the last update"] = written * stream.ahead
+        gradient["buckets kept from the last update"] = (
+            max((n for away, n in buckets if not away), default=0) * stream.ahead
+        )
         update["buckets read"] = max((2 * away + state for away, state in buckets), default=0) * (stream.ahead + 1)
         update["buckets written"] = written * (stream.window.ahead + 1)
     always["in HostStore"] = sum(n for store, n in held.items() if isinstance(store, HostStore))
     always["cached by FileStore"] = sum(min(n, s.budget) for s, n in held.items() if isinstance(s, FileStore))
     files = sum(n for store, n in held.items() if isinstance(store, FileStore))
-    found = Plan(always, gradient, update, files)
+    found = Plan(always, gradient, update, files, overlaps=bool(homes and update))
     if budget is not None and found.total > budget:
         raise ValueError(
             f"plan: {found.total:,} bytes in memory, and the budget is {budget:,}; smaller windows, more leaves offloaded, or checkpoint() after offload make it less:\n{found}"

@@ -1,10 +1,12 @@
 """Optimizers whose state, and whose parameters, are in a store: `streamed`."""
 
 import itertools
+import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import attrs
@@ -15,7 +17,7 @@ from torch import Tensor
 from fds import tree
 from fds._torch import opaque_operator
 from fds.offload import handles
-from fds.offload.handles import SHAPE, Window
+from fds.offload.handles import SHAPE, Held, Window
 from fds.optim.base import Norm, Optimizer, check_like, guarded_step
 
 _STREAMS: "weakref.WeakValueDictionary[int, Stream]" = weakref.WeakValueDictionary()
@@ -29,8 +31,10 @@ def streamed(tx: Optimizer, store: Any, *, window: int = 2, bucket_bytes: int = 
     once. Parameters may be tensors, or handles (`fds.offload`), whose gradients are in a store as well; each handle is a bucket. At most
     `window` buckets are on their way in and as many out, so that memory does not grow with the model.
 
-    A step does not wait for its last writes: the next one does, and is told of an error. Buckets are visited forwards and backwards in turn,
-    so that the last `window` of a step are there when the next update begins, and a `FileStore` with a `budget` finds what it kept.
+    Parameters that are handles are updated in the background, in the order in which they were placed, while the next step's forward pass waits
+    for each of them by itself. Of others the next step waits for the last writes; their buckets are visited forwards and backwards in turn, so
+    that the last `window` of a step are there when the next update begins, and a `FileStore` with a `budget` finds what it kept. Either way
+    an error of a write is raised by who uses what was to be written, at the latest by the next step.
 
     `tx` has to treat leaves independently, apart from the norm that it is given; all rules of `fds.optim` do. A `sharded` one goes outside; its
     shards are one leaf, which no bucket cuts: `fds.shard` makes one of each site.
@@ -52,19 +56,19 @@ def streamed(tx: Optimizer, store: Any, *, window: int = 2, bucket_bytes: int = 
     return Optimizer(stream.init, update, step=stream, stream=stream)
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Bucket:
-    """A bucket of one step: its number, and what of it is in the state: handles by dtype, and the tensors of no dimension."""
+    """A bucket of one step: what of it is in the state (handles, and tensors of no dimension), and what is to be read and written."""
 
     number: int
     params: list[Tensor]
     grads: list[Tensor]
     away: list[Tensor]
     scalars: list[Tensor]
-
-    @property
-    def homes(self) -> list[Tensor]:
-        return [*self.away, *(p for p in self.params if handles.is_handle(p))]
+    read: Callable[[], Callable[[], list[list[Tensor]]]] = attrs.field(init=False)  # begins to; the function waits
+    homes: list[tuple[Held, Future[Any]]] = attrs.field(init=False)  # of `away` and of the parameters that are handles
+    gradients: list[Held] = attrs.field(init=False)  # in the store
+    expected: list[Tensor] = attrs.field(init=False)  # `scalars` after the update, as far as that was told already
 
 
 class Stream:
@@ -74,6 +78,8 @@ class Stream:
         self.tx, self.window, self.ahead, self.bucket_bytes = tx, window, ahead, bucket_bytes
         self.number = next(_NUMBERS)
         self.backwards = False
+        self.thread: threading.Thread | None = None
+        self.promised: list[Future[Any]] = []  # by the last step
         self.kept: OrderedDict[int, dict[str, tuple[Future[Any], Tensor]]] = OrderedDict()  # the last buckets, by key
         self.likes: dict[tuple[Any, ...], Any] = {}
         _STREAMS[self.number] = self
@@ -134,80 +140,160 @@ class Stream:
 
     def run(self, grads: list[Tensor], inner: list[Tensor], sizes: list[int], leaves: list[Tensor], norm: Tensor, ok: Tensor, donated: bool) -> None:  # fmt: skip
         """One step: writes new handles and numbers over `inner` and `leaves`, which are the caller's own."""
+        self.wait()
         if not bool(ok):
             for p, g in zip(leaves, grads, strict=True):
                 if handles.is_handle(p):
                     handles.drop_gradient(p, g)
             return
         rest, counts = iter(inner), iter(sizes)
-        order = [
+        buckets = [
             _Bucket(i, [leaves[k] for k in of], [grads[k] for k in of], _take(rest, next(counts)), _take(rest, next(counts)))
             for i, of in enumerate(self.buckets(leaves))
         ]  # fmt: skip
-        work = iter(order[::-1] if self.backwards else order)
-        self.backwards = not self.backwards
-        coming: deque[tuple[_Bucket, Callable[[], Any]]] = deque()
+        windows = {self.window, *(handles.find(p).window for p in leaves if handles.is_handle(p))}
+        later = [b for b in buckets if all(handles.is_handle(p) for p in b.params)]
+        later.sort(
+            key=lambda b: min(handles.find(p).number for p in b.params)
+        )  # as they were placed: nearly as they are used
+        now = [b for b in buckets if b not in later]
+        for b in buckets:
+            self._claim(b, norm, donated, later=b in later)
+        for w in windows:
+            w.boundary()
+        self.promised = [p for b in buckets for _, p in b.homes]
         try:
-            while True:
-                while len(coming) <= self.ahead and (bucket := next(work, None)) is not None:
-                    coming.append((bucket, self._begin(bucket)))
-                if not coming:
-                    break
-                bucket, wait = coming.popleft()
-                params, grad, flats = wait()
-                self._finish(bucket, params, grad, flats, norm, donated)
-        finally:
-            for w in {self.window, *(handles.find(h).window for b in order for h in b.homes)}:
-                w.boundary()
+            self._update(now[::-1] if self.backwards else now, norm, donated)
+        except BaseException as error:
+            _break(buckets, error)
+            raise
+        self.backwards = not self.backwards
+        if later:
+            self.thread = threading.Thread(
+                target=self._work, args=(later, norm, donated), name="fds-update", daemon=True
+            )
+            self.thread.start()
 
-    def _begin(self, bucket: _Bucket) -> Callable[[], Any]:
-        """Begin to read parameters, gradients and state; the function waits for them."""
+    def wait(self) -> None:
+        """Until the last step is written. Raises what went wrong."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        promised, self.promised = self.promised, []
+        for p in promised:
+            p.result()
+
+    def _claim(self, bucket: _Bucket, norm: Tensor, donated: bool, *, later: bool) -> None:
+        """Note what is to be read, promise what will be written, and with `later` write the numbers of the new state already."""
         kept = self.kept.pop(bucket.number, {})
 
-        def reading(t: Tensor) -> Callable[[], Tensor]:
+        def reading(t: Tensor) -> Callable[[], Callable[[], Tensor]]:
             if not handles.is_handle(t):
-                return lambda: t
+                return lambda: lambda: t
             held = handles.find(t)
+            old = held.reference
             known = kept.get(held.key)
-            if known is not None and known[0] is held.reference:
-                handles.waited(held.key, known[0])  # written by now: it may be changed
-                return lambda: known[1]
-            coming = held.window.begin(held)
-            return lambda: handles.waited(held.key, coming)
+            if known is not None and known[0] is old:
+                return lambda: lambda: known[1]
+            return lambda: partial(handles.waited, held.key, held.window.begin(held.key, old))
 
-        def gradient(p: Tensor, g: Tensor) -> Callable[[], Tensor]:
-            return handles.take_gradient(p, g) if handles.is_handle(p) else lambda: g
+        def gradient(p: Tensor, g: Tensor) -> Callable[[], Callable[[], Tensor]]:
+            if not handles.is_handle(p):
+                return lambda: lambda: g
+            parts = handles.claim_gradient(p, g)
+            bucket.gradients += parts
+            return lambda: handles.sum_of(parts)
 
+        bucket.gradients = []
         jobs = [
-            [reading(p) for p in bucket.params],
+            list(map(reading, bucket.params)),
             list(map(gradient, bucket.params, bucket.grads)),
-            [reading(t) for t in bucket.away],
+            list(map(reading, bucket.away)),
         ]
-        return lambda: [[f() for f in job] for job in jobs]
 
-    def _finish(self, bucket: _Bucket, params: list[Tensor], grads: list[Tensor], flats: list[Tensor], norm: Tensor, donated: bool) -> None:  # fmt: skip
+        def read() -> Callable[[], list[list[Tensor]]]:
+            begun = [[f() for f in job] for job in jobs]
+            return lambda: [[f() for f in job] for job in begun]
+
+        bucket.read, bucket.expected = read, []
+        if later:
+            self._count(bucket, norm, donated)
+        homes = [*bucket.away, *(p for p in bucket.params if handles.is_handle(p))]
+        bucket.homes = [(handles.find(h), handles.promise(h)) for h in homes]
+
+    def _count(self, bucket: _Bucket, norm: Tensor, donated: bool) -> None:
+        """The numbers of the new state: they do not depend on the leaves, and are told before those are read."""
+        held = [handles.find(p) for p in bucket.params]
+        params = [torch.empty(h.shape, dtype=h.dtype, device="meta") for h in held]
+        old = [v.clone() for v in bucket.scalars]
+        like = self.like(params)
+        rest = iter(old)
+        state = tree.rebuild(like, iter([t if t.dim() else next(rest) for t in tree.flat(like)]))
+        _, new = guarded_step(self.tx, params, state, params, norm=lambda _: norm, ok=_YES, donated=False)
+        for home, value in zip(bucket.scalars, (t for t in tree.flat(new) if not t.dim()), strict=True):
+            bucket.expected.append(home.copy_(value))
+        bucket.scalars = old
+
+    def _work(self, buckets: list[_Bucket], norm: Tensor, donated: bool) -> None:
+        """In a thread: the next step's forward pass waits for each site by itself."""
+        try:
+            with torch.no_grad():
+                self._update(buckets, norm, donated)
+        except BaseException as error:
+            _break(buckets, error)
+
+    def _update(self, buckets: Sequence[_Bucket], norm: Tensor, donated: bool) -> None:
+        """Bucket by bucket: read ahead, update, write behind."""
+        coming: deque[tuple[_Bucket, Callable[[], list[list[Tensor]]]]] = deque()
+        work = iter(buckets)
+        while True:
+            while len(coming) <= self.ahead and (bucket := next(work, None)) is not None:
+                coming.append((bucket, bucket.read()))
+            if not coming:
+                return
+            bucket, wait = coming.popleft()
+            self._finish(bucket, *wait(), norm=norm, donated=donated)
+
+    def _finish(self, bucket: _Bucket, params: list[Tensor], grads: list[Tensor], flats: list[Tensor], *, norm: Tensor, donated: bool) -> None:  # fmt: skip
         like = self.like(params)
         parts = {flat.dtype: _cut(flat, like) for flat in flats}
         scalars = iter(bucket.scalars)
         values = [next(parts[t.dtype]) if t.dim() else next(scalars) for t in tree.flat(like)]
-        yes = torch.ones((), dtype=torch.bool)
-        new, state = guarded_step(self.tx, grads, tree.rebuild(like, iter(values)), params, norm=lambda _: norm, ok=yes, donated=donated)  # fmt: skip
+        state = tree.rebuild(like, iter(values))
+        new, state = guarded_step(self.tx, grads, state, params, norm=lambda _: norm, ok=_YES, donated=donated)
         for old, value in zip(values, tree.flat(state), strict=True):
             if value is not old:
                 old.copy_(value)
-        written = list(zip(bucket.away, flats, strict=True))
+        for told, value in zip(bucket.expected, (v for v in values if not v.dim()), strict=False):
+            if not torch.equal(told, value):
+                raise ValueError(
+                    f"streamed: a number of the state became {value.item()}, and {told.item()} for a parameter without values: this rule does not treat leaves independently; use it without offload(store)"
+                )
+        written = list(flats)
         for home, old, value in zip(bucket.params, params, new, strict=True):
             if handles.is_handle(home):
-                written.append((home, value.detach()))
+                written.append(value.detach())
             elif value is not old:
                 old.copy_(value)
-        kept = self.kept[bucket.number] = dict[str, tuple[Future[Any], Tensor]]()
-        for home, x in written:  # a new generation: its numbers over those of the handle
-            home.detach().copy_(handles.rewrite(home, x))
-            held = handles.find(home)
-            kept[held.key] = held.reference, x
-        while len(self.kept) > self.ahead:
-            self.kept.popitem(last=False)
+        for (held, promised), x in zip(bucket.homes, written, strict=True):
+            handles.fulfil(held, promised, x)
+        for part in bucket.gradients:
+            handles.delete(part)
+        if not any(handles.is_handle(p) for p in bucket.params):
+            self.kept[bucket.number] = {h.key: (p, x) for (h, p), x in zip(bucket.homes, written, strict=True)}
+            while len(self.kept) > self.ahead:
+                self.kept.popitem(last=False)
+
+
+_YES = torch.ones((), dtype=torch.bool)
+
+
+def _break(buckets: Sequence[_Bucket], error: BaseException) -> None:
+    """Tell whoever waits for what was promised."""
+    for b in buckets:
+        for _, promised in b.homes:
+            if not promised.done():
+                promised.set_exception(error)
 
 
 def _take(values: Iterator[Tensor], n: int) -> list[Tensor]:
