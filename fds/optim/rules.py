@@ -71,10 +71,12 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
         check_like(grads, params)
         h, rate = state.hyper, _rate(learning_rate, state)
-        wide = state.moments.get("momentum", params)  # float32 for parameters of low precision
-        step = grads = tree.map(
-            lambda g, p, m: (g.to(m.dtype) + h["weight_decay"] * p).to(m.dtype), grads, params, wide
-        )
+        wide: Any = state.moments.get("momentum", params)  # float32 for parameters of low precision
+
+        def decayed(g: Tensor, p: Tensor, m: Tensor) -> Tensor:
+            return (g.to(m.dtype) + h["weight_decay"] * p.to(m.dtype)).to(m.dtype)
+
+        step = grads = tree.map(decayed, grads, params, wide)
         moments: dict[str, Any] = {}
         if momentum:
             moments["momentum"] = step = tree.map(
