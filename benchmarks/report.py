@@ -176,7 +176,7 @@ def offload(result: Json) -> str:
 
 
 def _of(group: Json, name: str, key: str) -> list[float]:
-    return [m[key] for run in group["measured"].get(name, []) for m in run.get("measured", [])]
+    return [m[key] for run in group["measured"].get(name, []) for m in run.get("measured", []) if key in m]
 
 
 TWINS = {

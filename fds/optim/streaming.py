@@ -169,9 +169,7 @@ class Stream:
             raise
         self.backwards = not self.backwards
         if later:
-            self.thread = threading.Thread(
-                target=self._work, args=(later, norm, donated), name="fds-update", daemon=True
-            )
+            self.thread = threading.Thread(target=self._work, args=(later, norm, donated), name="fds-update")
             self.thread.start()
 
     def wait(self) -> None:

@@ -1,9 +1,11 @@
 """Parameters, gradients and optimizer state in stores: the same training, bit by bit, in less memory."""
 
+import os
 import subprocess
 import sys
 import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import ranks
@@ -135,6 +137,25 @@ def test_updates_run_while_the_next_forward_does(tmp_path, monkeypatch):
         broken, _ = step(new, zoo.batch("llama", seed=2))
         with pytest.raises(OSError, match="full"):
             step(broken, zoo.batch("llama", seed=3))
+
+
+EXIT = """
+import sys, zoo, fds
+from fds import optim
+from fds.offload import FileStore
+program, params = fds.functionalize(zoo.build("llama"))
+with FileStore(sys.argv[1]) as store:
+    step = fds.train_step(fds.offload(store)(program), optim.streamed(optim.adamw(1e-2), store))
+    state, metrics = step(step.init(params), zoo.batch("llama"))
+"""
+
+
+def test_a_process_may_end_while_an_update_runs(tmp_path):
+    """The thread that updates is waited for: Python would abort in the middle of an operator."""
+    folder = str(Path(__file__).parent.parent)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, str(Path(fds.__file__).parent.parent)])}
+    run = subprocess.run([sys.executable, "-c", EXIT, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False, env=env)  # fmt: skip
+    assert run.returncode == 0 and "Error" not in run.stderr, run.stderr[-3000:]
 
 
 def test_a_rule_whose_numbers_depend_on_leaves_is_refused(tmp_path):
