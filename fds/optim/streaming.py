@@ -68,6 +68,9 @@ class _Bucket:
     read: Callable[[], Callable[[], list[list[Tensor]]]] = attrs.field(init=False)  # begins to; the function waits
     homes: list[tuple[Held, Future[Any]]] = attrs.field(init=False)  # of `away` and of the parameters that are handles
     gradients: list[Held] = attrs.field(init=False)  # in the store
+    stored: list[bool] = attrs.field(
+        init=False
+    )  # which parameters are; the tensors here may be donated, and empty when a later update runs
     expected: list[Tensor] = attrs.field(init=False)  # `scalars` after the update, as far as that was told already
 
 
@@ -141,6 +144,7 @@ class Stream:
     def run(self, grads: list[Tensor], inner: list[Tensor], sizes: list[int], leaves: list[Tensor], norm: Tensor, ok: Tensor, donated: bool) -> None:  # fmt: skip
         """One step: writes new handles and numbers over `inner` and `leaves`, which are the caller's own."""
         self.wait()
+        norm = norm.clone()  # a compiler may use its memory again while a later update runs
         if not bool(ok):
             for p, g in zip(leaves, grads, strict=True):
                 if handles.is_handle(p):
@@ -202,7 +206,7 @@ class Stream:
             bucket.gradients += parts
             return lambda: handles.sum_of(parts)
 
-        bucket.gradients = []
+        bucket.gradients, bucket.stored = [], [handles.is_handle(p) for p in bucket.params]
         jobs = [
             list(map(reading, bucket.params)),
             list(map(gradient, bucket.params, bucket.grads)),
@@ -229,7 +233,8 @@ class Stream:
         state = tree.rebuild(like, iter([t if t.dim() else next(rest) for t in tree.flat(like)]))
         _, new = guarded_step(self.tx, params, state, params, norm=lambda _: norm, ok=_YES, donated=False)
         for home, value in zip(bucket.scalars, (t for t in tree.flat(new) if not t.dim()), strict=True):
-            bucket.expected.append(home.copy_(value))
+            home.copy_(value)
+            bucket.expected.append(value)
         bucket.scalars = old
 
     def _work(self, buckets: list[_Bucket], norm: Tensor, donated: bool) -> None:
@@ -268,8 +273,8 @@ class Stream:
                     f"streamed: a number of the state became {value.item()}, and {told.item()} for a parameter without values: this rule does not treat leaves independently; use it without offload(store)"
                 )
         written = list(flats)
-        for home, old, value in zip(bucket.params, params, new, strict=True):
-            if handles.is_handle(home):
+        for stored, old, value in zip(bucket.stored, params, new, strict=True):
+            if stored:
                 written.append(value.detach())
             elif value is not old:
                 old.copy_(value)
@@ -277,7 +282,7 @@ class Stream:
             handles.fulfil(held, promised, x)
         for part in bucket.gradients:
             handles.delete(part)
-        if not any(handles.is_handle(p) for p in bucket.params):
+        if not any(bucket.stored):
             self.kept[bucket.number] = {h.key: (p, x) for (h, p), x in zip(bucket.homes, written, strict=True)}
             while len(self.kept) > self.ahead:
                 self.kept.popitem(last=False)
