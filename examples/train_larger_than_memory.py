@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--path", default=None, help="a folder on a fast disk (default: a temporary one)")
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--layers", type=int, default=56)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", default="out/timeline.png", help="the picture of the last step")
     args = parser.parse_args()
