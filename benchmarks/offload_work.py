@@ -13,7 +13,7 @@ from torch import Tensor
 from worker import Built
 
 import fds
-from fds.offload import FileStore, HostStore, record
+from fds.offload import FileStore, record
 from fds.offload.aio import Engine, empty
 from fds.optim.base import guarded_step
 
@@ -21,12 +21,12 @@ DISK = 2**30  # bytes
 
 
 def step(job: Job) -> Built:
-    """A compiled train step. Options: `state` (moments in files), `params` (parameters and gradients too), `recompute`, `store`."""
+    """A compiled train step. Options: `state` (moments in files), `params` (parameters and gradients too), `recompute`."""
     program, params = fds.functionalize(llama(job))
     tx = fds.optim.adamw(LEARNING_RATE)
     parts = []
     if job.options.get("state") or job.options.get("params"):
-        store = HostStore() if job.options.get("store") == "host" else FileStore(".")
+        store = FileStore(".")
         tx = fds.optim.streamed(tx, store)
         parts += [fds.offload(store)] if job.options.get("params") else []
     parts += [fds.checkpoint()] if job.options.get("recompute") else []

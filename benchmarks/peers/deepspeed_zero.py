@@ -1,6 +1,6 @@
 """DeepSpeed, ZeRO stage 2 or 3, on CPU with gloo.
 
-Options: `stage`, `adam` ("cpu", "fused" or "torch"), `zero` (further settings), `nvme` ("optimizer", "params": what goes to files), `recompute`.
+Options: `stage`, `adam` ("cpu", "fused" or "torch"), `zero` (further settings), `recompute`.
 """
 
 import os

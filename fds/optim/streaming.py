@@ -157,12 +157,11 @@ class Stream:
         ]  # fmt: skip
         windows = {self.window, *(handles.find(p).window for p in leaves if handles.is_handle(p))}
         later = [b for b in buckets if all(handles.is_handle(p) for p in b.params)]
-        later.sort(
-            key=lambda b: min(handles.find(p).number for p in b.params)
-        )  # as they were placed: nearly as they are used
+        # As they were placed: nearly as they are used.
+        later.sort(key=lambda b: min(handles.find(p).number for p in b.params))
         now = [b for b in buckets if b not in later]
         for b in buckets:
-            self._claim(b, norm, donated, later=b in later)
+            self._claim(b, norm, later=b in later)
         for w in windows:
             w.boundary()
         self.promised = [p for b in buckets for _, p in b.homes]
@@ -185,7 +184,7 @@ class Stream:
         for p in promised:
             p.result()
 
-    def _claim(self, bucket: _Bucket, norm: Tensor, donated: bool, *, later: bool) -> None:
+    def _claim(self, bucket: _Bucket, norm: Tensor, *, later: bool) -> None:
         """Note what is to be read, promise what will be written, and with `later` write the numbers of the new state already."""
         kept = self.kept.pop(bucket.number, {})
 
@@ -219,11 +218,11 @@ class Stream:
 
         bucket.read, bucket.expected = read, []
         if later:
-            self._count(bucket, norm, donated)
+            self._count(bucket, norm)
         homes = [*bucket.away, *(p for p in bucket.params if handles.is_handle(p))]
         bucket.homes = [(handles.find(h), handles.promise(h)) for h in homes]
 
-    def _count(self, bucket: _Bucket, norm: Tensor, donated: bool) -> None:
+    def _count(self, bucket: _Bucket, norm: Tensor) -> None:
         """The numbers of the new state: they do not depend on the leaves, and are told before those are read."""
         held = [handles.find(p) for p in bucket.params]
         params = [torch.empty(h.shape, dtype=h.dtype, device="meta") for h in held]
