@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	$(BIN)/python examples/finetune.py --out out/demo
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest tests fds
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests fds
 	$(MAKE) examples
 
 lint: $(VENV)/ready
