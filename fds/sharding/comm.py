@@ -97,14 +97,16 @@ def init_distributed(
     if dist.is_initialized():
         _adopt(dist_backend, timeout, rank, world_size)
         return
+    init_method = None if init_method == "env://" else init_method
     backend = _backend(dist_backend)
     timeout = timeout or default_timeout(os.environ)
     place = _place(init_method, rank, world_size, distributed_port, auto_mpi_discovery)
     if place is None:
         place = Place("nothing: a single process", 0, 1, 0, "127.0.0.1", distributed_port)
     else:
-        given = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if init_method else ()
-        os.environ.update({k: v for k, v in place.variables.items() if k not in given})
+        unknown = ("MASTER_ADDR", "MASTER_PORT") if init_method else ()  # and a local rank that nobody has told
+        unknown += ("LOCAL_RANK",) if init_method and rank >= 0 else ()
+        os.environ.update({k: v for k, v in place.variables.items() if k not in unknown})
     _take_device(place.local_rank)
     if verbose and place.rank == 0:
         where = init_method or f"{place.master_addr}:{place.master_port}"

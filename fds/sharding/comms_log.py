@@ -4,6 +4,7 @@ Collectives are opaque calls in a compiled graph as well, so that both see every
 inside of a CUDA graph's replay is seen once, when it is captured.
 """
 
+import contextlib
 import logging
 import sys
 import threading
@@ -11,7 +12,6 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from fds import tree
+from fds import _torch, tree
 
 LOG = logging.getLogger("fds.sharding")
 
@@ -72,7 +72,7 @@ _RECORDERS: list[Traffic] = []
 _LOGGERS: list["CommsLogger"] = []
 
 
-@contextmanager
+@contextlib.contextmanager
 def record() -> Iterator[Traffic]:
     """Count the collectives that run inside of the block, in eager and in compiled code alike.
 
@@ -89,7 +89,7 @@ def record() -> Iterator[Traffic]:
         _RECORDERS[:] = [t for t in _RECORDERS if t is not traffic]
 
 
-@contextmanager
+@contextlib.contextmanager
 def observed(name: str, nbytes: int, ranks: Callable[[], Sequence[int]], device: torch.device) -> Iterator[None]:
     """Count the collective `name` of a buffer of `nbytes` that runs inside of the block, and time it if a logger asks for it.
 
@@ -121,17 +121,14 @@ def _now(device: torch.device) -> Any:
     return event
 
 
-_OWN = (
-    str(Path(__file__).parent),
-    str(Path(torch.__file__).parent),
-    str(Path(logging.__file__).parents[1] / "contextlib"),
-)
+# Files between a collective and the code that asked for it.
+_BETWEEN = (str(Path(__file__).parent), _torch.__file__, str(Path(torch.__file__).parent), contextlib.__file__)
 
 
 def _caller() -> str:
     """The function outside of torch and of this package that called the collective."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
 

@@ -97,8 +97,8 @@ def discover(env: Mapping[str, str], *, port: int = TORCH_DISTRIBUTED_DEFAULT_PO
     local_size = next((_found(env, (n,)) for n in launcher.local_size if n in env), None)
     _consistent(found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], local_size)
     one_node = world_size == 1 or (local_size is not None and local_size[1] == world_size)
-    name, address, usual_port, defaults = _meeting(env, launcher, world_size, one_node, port)
-    address = env["MASTER_ADDR"] if "MASTER_ADDR" in env else address()
+    name, host, usual_port, defaults = _meeting(env, launcher, world_size, one_node, port)
+    address = env["MASTER_ADDR"] if "MASTER_ADDR" in env else host()
     return Place(name, rank, world_size, local_rank, address, _port(env, usual_port), defaults)
 
 
@@ -122,7 +122,7 @@ def _launcher(env: Mapping[str, str]) -> _Launcher | None:
             if launcher is _PMI and _srun(env) and env.get("PMI_RANK") == env["SLURM_PROCID"]:
                 return _SLURM
             return launcher
-    hosts = json.loads(env["SM_HOSTS"]) if "SM_HOSTS" in env else []
+    hosts = _sagemaker_hosts(env) if "SM_HOSTS" in env else []
     if len(hosts) > 1 and "RANK" not in env and "WORLD_SIZE" not in env:
         raise ValueError(
             f"SM_HOSTS names {len(hosts)} hosts, but neither RANK and WORLD_SIZE nor OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE are set; "
@@ -151,7 +151,7 @@ def _meeting(
         usual = _number(env, "SM_MASTER_PORT", str(port))
         return "SageMaker", lambda: _LOCAL if one_node else _sagemaker_host(env), usual, {}
 
-    def address() -> str:
+    def host() -> str:
         if one_node:
             return _LOCAL
         raise ValueError(
@@ -159,11 +159,21 @@ def _meeting(
             f"{env.get(launcher.local_size[0], 'unset')}), and names no host of rank 0; export MASTER_ADDR=<its host> for every rank, with Open MPI by `mpirun -x MASTER_ADDR=...`"
         )
 
-    return launcher.name, address, port, {}
+    return launcher.name, host, port, {}
 
 
 def _sagemaker_host(env: Mapping[str, str]) -> str:
-    return env["SM_MASTER_ADDR"] if "SM_MASTER_ADDR" in env else min(json.loads(_host(env, "SM_HOSTS", "SageMaker")))
+    return env["SM_MASTER_ADDR"] if "SM_MASTER_ADDR" in env else min(_sagemaker_hosts(env))
+
+
+def _sagemaker_hosts(env: Mapping[str, str]) -> list[str]:
+    text = _host(env, "SM_HOSTS", "SageMaker")
+    try:
+        return [str(host) for host in json.loads(text)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f'SM_HOSTS={text!r} is no list in JSON like \'["algo-1", "algo-2"]\'; set MASTER_ADDR'
+        ) from error
 
 
 def _host(env: Mapping[str, str], name: str, who: str) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,8 +22,6 @@ import torch.distributed as dist
 
 _PATIENCE = 2.0  # seconds: an ending process closes its sockets one after the other, and reports need a moment
 _CONNECTING = 32  # connections being made at a time
-
-
 # gloo raises plain `RuntimeError`s: with its source file, or this after a timeout.
 _GLOO = ("gloo/transport", "Application timeout caused pair closure")
 
@@ -48,6 +47,7 @@ def _rebuilt(text: str, gone: tuple[int, ...], silent: tuple[int, ...]) -> RankE
 
 @attrs.define
 class _Watch:
+    group: "weakref.ref[Any]"  # the job's process group
     rank: int
     addresses: list[tuple[str, int] | None]
     heard: dict[int, set[int]] = attrs.Factory(dict)  # who failed, and which ranks it found gone
@@ -66,12 +66,18 @@ def watch(store: Any, rank: int, world_size: int, master: str | None = None) -> 
     store.set(f"fds/rank/{rank}", json.dumps(_listen(master or socket.gethostname(), world_size)))
     keys = [f"fds/rank/{r}" for r in range(world_size)]
     values = store.multi_get(keys) if store.has_extended_api() else [store.get(k) for k in keys]
-    _WATCH[:] = [_Watch(rank, [tuple(address) if address else None for address in map(json.loads, values)])]
+    _WATCH[:] = [
+        _Watch(
+            weakref.ref(dist.group.WORLD),
+            rank,
+            [tuple(address) if address else None for address in map(json.loads, values)],
+        )
+    ]
 
 
 def watched() -> bool:
     """Whether this process knows how to reach the ranks of the group that is running."""
-    return bool(_WATCH) and len(_WATCH[0].addresses) == dist.get_world_size() and _WATCH[0].rank == dist.get_rank()
+    return bool(_WATCH) and _WATCH[0].group() is dist.group.WORLD
 
 
 def _listen(name: str, world_size: int) -> tuple[str, int] | None:
@@ -143,9 +149,10 @@ class _Inquiry:
                     self.inbox[connection] += received
             *whole, self.inbox[connection] = self.inbox[connection].split(b"\n")
             for message in whole:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a stranger's
+                with contextlib.suppress(ValueError, LookupError, TypeError):  # a stranger's
                     said = json.loads(message)
-                    self.watch.heard.setdefault(int(said["rank"]), set()).update(map(int, said["gone"]))
+                    rank, *gone = (range(len(self.watch.addresses))[r] for r in (said["rank"], *said["gone"]))
+                    self.watch.heard.setdefault(rank, set()).update(gone)
 
     def close(self) -> None:
         for connection in (*self.lines.values(), *self.inbox):

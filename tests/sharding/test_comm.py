@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,9 @@ def lose(gone):
     axis = fds.sharding.mesh(dp=-1)["dp"]
     x = torch.ones(4, requires_grad=True)
     assert axis.sum(x).tolist() == [axis.size] * 4
+    for address in liveness._WATCH[0].addresses:  # whoever scans ports; it has to change nothing
+        with socket.create_connection(address) as s:
+            s.sendall(b'GET / HTTP/1.1\n\xff\n[]\n{"rank": 99, "gone": [1]}\n{"rank": 3, "gone": "x"}\n')
     dist.barrier()
     if axis.rank == int(gone):
         os._exit(7)
@@ -71,7 +75,7 @@ def lose(gone):
 
 def stall():
     """Rank 1 is busy for longer than the timeout of a group that is not the first of the job."""
-    fds.init_distributed(timeout=timedelta(seconds=2))
+    fds.init_distributed(timeout=timedelta(seconds=2), init_method="env://")
     axis = fds.sharding.mesh(dp=2, tp=1)["dp"]
     axis.barrier()
     if axis.rank == 1:

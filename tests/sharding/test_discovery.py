@@ -43,6 +43,7 @@ def without(env, *names):
         (SLURM | {"SLURM_NTASKS": "9", "SLURM_STEP_NUM_TASKS": "4"}, "Slurm", "3 4 1 gpu07:29500"),
         (SLURM | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}, "Slurm", "3 4 1 gpu07:29500"),
         (without(SLURM, "SLURM_JOB_NODELIST", "SLURM_STEP_ID") | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}, "Slurm", "3 4 1 10.0.0.1:29500"),
+        (SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}, "Slurm", "0 1 0 gpu07:29500"),  # salloc's interactive step
         (SLURM | {"MASTER_ADDR": "n9", "MASTER_PORT": "1"}, "Slurm", "3 4 1 n9:1"),
         (AML, "Azure ML", "3 4 1 10.0.0.4:6105"),
         (AML | {"MASTER_PORT": "7002"}, "Azure ML", "3 4 1 10.0.0.4:7002"),
@@ -96,6 +97,7 @@ def test_a_single_process(env):
         (without(SLURM, "SLURM_JOB_NODELIST"), "SLURM_STEP_NODELIST or SLURM_JOB_NODELIST .* MASTER_ADDR"),
         (SLURM | {"SLURM_JOB_NODELIST": "gpu[07"}, r"SLURM_JOB_NODELIST='gpu\[07' is no list"),
         (without(AML, "AZ_BATCH_MASTER_NODE"), "AZ_BATCH_MASTER_NODE is missing"),
+        (SAGEMAKER | {"SM_HOSTS": "algo-1"}, "SM_HOSTS='algo-1' is no list in JSON"),
         ({"SM_HOSTS": '["a", "b"]'}, "SM_HOSTS names 2 hosts.*OMPI_COMM_WORLD_RANK"),
     ],
 )  # fmt: skip
