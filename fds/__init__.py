@@ -12,7 +12,7 @@ from fds.offload import FileStore, HostStore, StoreError, offload
 from fds.precision import cast
 from fds.program import Lens, Program
 from fds.remat import checkpoint
-from fds.sharding import launch, replicate, shard
+from fds.sharding import init_distributed, launch, replicate, shard
 from fds.train import NonFiniteError, TrainState, TrainStep, train_step
 from fds.transform import Transform, around, at, chain, relayout, through
 
@@ -38,6 +38,7 @@ __all__ = [
     "functionalize",
     "fuse_lora",
     "generate",
+    "init_distributed",
     "launch",
     "load",
     "load_adapters",

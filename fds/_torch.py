@@ -4,9 +4,11 @@ A torch without one of the imported names fails here, by name. Run on torch 2.13
 """
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 try:
@@ -194,3 +196,23 @@ def linear_operator(name: str, schema: str, *, primitive: Callable[..., Tensor],
     op = operator(name, schema, primitive=primitive, fake=fake, batch=on_vmap, save=save, backward=backward, jvp=jvp)
     _OPERATORS[name] = op
     return op
+
+
+# --- process groups ---
+
+
+def default_store() -> Any:
+    """The store by which the ranks of the running default process group met; None under MPI."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def set_timeout(timeout: timedelta, group: Any = None) -> None:
+    """Set the timeout of a group's operations; default: the group of all ranks."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def get_timeout() -> timedelta | None:
+    """The timeout of the group of all ranks; None where the back end has none."""
+    group = dist.group.WORLD
+    options = getattr(group._get_backend(group._device_types[0]), "options", None) if group is not None else None
+    return getattr(options, "_timeout", None)

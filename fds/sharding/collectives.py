@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fds import tree
 from fds._torch import linear_operator
+from fds.sharding.comms_log import Traffic, observed, record
+from fds.sharding.liveness import explained
+
+__all__ = ["Traffic", "collective", "gather", "process_group", "record", "replicate", "scatter", "total"]
 
 # Renamed in torch 2.13; the old names warn there.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,49 +36,15 @@ def process_group(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
 
 
-# --- traffic ---
-
-
-@attrs.define
-class Traffic:
-    """What went over the wire inside of a `record()` block: calls and bytes by operator.
-
-    Bytes are those of the whole buffer: a gather of shards of m elements over n ranks counts n*m, a scatter of n*m elements n*m.
-    """
-
-    calls: dict[str, int] = attrs.Factory(dict)
-    bytes: dict[str, int] = attrs.Factory(dict)
-
-    @property
-    def total(self) -> int:
-        """Bytes over all operators."""
-        return sum(self.bytes.values())
-
-
-_RECORDERS: list[Traffic] = []  # of the process: autograd runs CUDA's backward in threads of its own
-
-
 @contextmanager
-def record() -> Iterator[Traffic]:
-    """Count the collectives that run inside of the block, in eager and in compiled code alike.
-
-    >>> with record() as traffic:
-    ...     pass
-    >>> traffic.total
-    0
+def collective(name: str, buffer: Tensor, group: str) -> Iterator[Any]:
+    """The process group called `group`, for one collective inside of the block: it is counted, timed if a `CommsLogger` listens, and its
+    failure names the ranks that are gone. `buffer` is the whole buffer; `name` one of `fds.sharding.comms_log`.
     """
-    traffic = Traffic()
-    _RECORDERS.append(traffic)
-    try:
-        yield traffic
-    finally:
-        _RECORDERS[:] = [t for t in _RECORDERS if t is not traffic]
-
-
-def _count(name: str, buffer: Tensor) -> None:
-    for t in _RECORDERS:
-        t.calls[name] = t.calls.get(name, 0) + 1
-        t.bytes[name] = t.bytes.get(name, 0) + buffer.numel() * buffer.element_size()
+    handle = process_group(group)
+    size = buffer.numel() * buffer.element_size()
+    with explained(name), observed(name, size, lambda: dist.get_process_group_ranks(handle), buffer.device):
+        yield handle
 
 
 # --- gather and scatter: each the other's transpose ---
@@ -83,15 +52,15 @@ def _count(name: str, buffer: Tensor) -> None:
 
 def _gather(x: Tensor, n: int, group: str, mean: bool) -> Tensor:
     out = x.new_empty(x.numel() * n)
-    _count("gather", out)
-    _ALL_GATHER(out, x.contiguous(), group=process_group(group))
+    with collective("gather", out, group) as ranks:
+        _ALL_GATHER(out, x.contiguous(), group=ranks)
     return out
 
 
 def _scatter(x: Tensor, n: int, group: str, mean: bool) -> Tensor:
-    _count("scatter", x)
     out = x.new_empty(x.numel() // n)
-    _reduce_scatter(out, x.contiguous().view(-1), n, process_group(group))
+    with collective("scatter", x, group) as ranks:
+        _reduce_scatter(out, x.contiguous().view(-1), n, ranks)
     if mean:
         out /= n
     return out
@@ -153,10 +122,10 @@ scatter_op = linear_operator(
 
 
 def _total(x: Tensor, n: int, group: str, mean: bool) -> Tensor:
-    _count("total", x)
     out = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.clone()
     out = out.contiguous()
-    dist.all_reduce(out, group=process_group(group))
+    with collective("total", x, group) as ranks:
+        dist.all_reduce(out, group=ranks)
     return (out / n if mean else out).to(x.dtype)
 
 

@@ -1,7 +1,6 @@
 """Meshes of ranks, over `torch.distributed`'s `DeviceMesh`: `mesh(dp=2)["dp"]` is the `Axis` that transformations take."""
 
 import math
-import os
 from typing import Any
 
 import attrs
@@ -10,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fds import tree
-from fds.sharding import collectives
+from fds._torch import get_timeout, set_timeout
+from fds.sharding import collectives, comm
 
 
 @attrs.frozen
@@ -36,7 +36,8 @@ class Axis:
     def barrier(self) -> None:
         """Wait until every rank of the axis is here."""
         if self.size > 1:
-            dist.barrier(group=collectives.process_group(self.group))
+            with collectives.collective("barrier", torch.empty(0), self.group) as ranks:
+                dist.barrier(group=ranks)
 
 
 class Mesh:
@@ -70,8 +71,8 @@ class Mesh:
 def mesh(**sizes: int) -> Mesh:
     """A mesh of the job's ranks, for example ``mesh(dp=2)`` or ``mesh(dp=-1, tp=2)``; one size may be -1, "what is left".
 
-    Under `torchrun` (``WORLD_SIZE`` in the environment) it starts the process group if nobody has: nccl where CUDA is, else gloo. In a
-    single process it needs no group at all.
+    In a job of several ranks it starts the process group if nobody has (`fds.init_distributed`: torchrun, MPI, Slurm and others). In a single
+    process it needs no group at all.
 
     Raises:
         ValueError: the sizes do not multiply to the number of ranks.
@@ -92,20 +93,18 @@ def mesh(**sizes: int) -> Mesh:
 
 def _axis(ranks: Any, name: str, size: int) -> Axis:
     group = ranks.get_group(name)
+    timeout = get_timeout()
+    if timeout is not None:
+        set_timeout(timeout, group)  # torch gives every group but the first its own default
     return Axis(name, size, dist.get_rank(group), group.group_name if size > 1 else "")
 
 
 def _start() -> int:
     """The number of ranks, with the process group running if there is more than one."""
-    if not dist.is_available():
-        return 1
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if not dist.is_initialized() and world > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        # gloo beside nccl: what `offload` keeps in host memory is summed there.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_world_size() if dist.is_initialized() else 1
+    ranks = comm.world_size()
+    if ranks > 1:
+        comm.init_distributed()
+    return ranks
 
 
 def _resolve(sizes: dict[str, int], world: int) -> dict[str, int]:
