@@ -33,6 +33,8 @@ class Head:
     weight: Tensor  # [V, H]
     bias: Tensor | None
     logits: Tensor  # what the layer gave back instead of logits: zeros that take no memory
+    axis: Any = None  # over whose ranks the words are split (`weight` is then this rank's), or None
+    first: int = 0  # the first of this rank's words
 
 
 @attrs.frozen
