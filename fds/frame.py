@@ -20,9 +20,10 @@ Wrap = Callable[[Apply], Apply]
 
 @attrs.define
 class Draws:
-    """How many random numbers the running site has asked for."""
+    """How many random numbers the running site has asked for, and of what."""
 
     count: int = 0
+    part: int = 0  # 0: of activations that all ranks hold; else the number of this rank's part of them
 
 
 @attrs.frozen

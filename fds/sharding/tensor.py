@@ -1,7 +1,7 @@
 """`tensor_parallel`: the linear layers of a model split over ranks, with the collectives that join their work."""
 
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, reduce
@@ -11,7 +11,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fds import tree
 from fds._torch import named_modules, registries
 from fds.frame import FRAME, Apply, Head, Wrap
 from fds.program import Core, Lens, Program
@@ -141,6 +140,7 @@ class _Layout:
         styles = plan_of(core.module, plan).styles
         for path, style in styles.items():
             getattr(layout, style)(path)
+        layout._check_neighbours(styles)
         layout._tied_embeddings(styles)
         layout._enter(styles)
         for path, heads in layout.attention.items():
@@ -341,6 +341,21 @@ class _Layout:
             if isinstance(m, nn.Embedding) and path not in styles and self.core.first_name(f"{path}.weight") in self.cuts:
                 self.embedding(path)
 
+    def _check_neighbours(self, styles: Mapping[str, str]) -> None:
+        """A parameter among column layers that the plan does not name (a norm of each head) would get a part of its gradient only."""
+        for parent in dict.fromkeys(path.rpartition(".")[0] for path in self.columns):
+            for path in self._owners(parent):
+                if path not in styles and not any(s.startswith(path + ".") for s in styles):
+                    raise self.error(
+                        path, f"the plan splits layers of {parent} and does not say what becomes of this {type(self.modules[path]).__name__}; add {path!r}: 'partial' if it works on what they make, 'replicate' if on what goes into them"
+                    )
+
+    def _owners(self, path: str) -> list[str]:
+        """The modules with parameters inside of a module that is not a block."""
+        if path in self.core.sites or not path:
+            return []
+        return [n for n, m in self.modules.items() if n.startswith(path + ".") and registries(m)[0]]
+
     # --- calls ---
 
     def _enter(self, styles: Mapping[str, str]) -> None:
@@ -366,10 +381,8 @@ class _Layout:
 
     def _is_region(self, path: str, styles: Mapping[str, str]) -> bool:
         """Whether all parameters inside of a module belong to split layers, so that its whole input goes to them."""
-        if path in self.core.sites or not path:
-            return False
-        inside = [n for n, m in self.modules.items() if n.startswith(path + ".") and any(registries(m)[0].values())]
-        return all(styles.get(n, "replicate") != "replicate" for n in inside)
+        inside = self._owners(path)
+        return bool(inside) and all(styles.get(n, "replicate") != "replicate" for n in inside)
 
     def _check_stack(self) -> None:
         stacks = {s.rpartition(".")[0] for s in self.core.sites}
@@ -410,8 +423,19 @@ def _fan_out(x: Tensor, axis: Axis) -> Tensor:
     return last[0][1]
 
 
+def _part(axis: Axis | None) -> None:
+    """From here on the block's activations are this rank's part (of `axis`), or whole: dropout draws accordingly."""
+    FRAME.get().draws.part = 0 if axis is None or axis.size == 1 else axis.rank + 1
+
+
 def _column(axis: Axis, apply: Apply) -> Apply:
-    return lambda leaves, x: apply(leaves, _fan_out(x, axis))
+    def run(leaves: Params, x: Tensor) -> Tensor:
+        _part(None)
+        y = apply(leaves, _fan_out(x, axis))
+        _part(axis)
+        return y
+
+    return run
 
 
 def _gathered(layout: _Layout, path: str, sizes: list[int], apply: Apply) -> Apply:
@@ -432,7 +456,7 @@ def _gathered(layout: _Layout, path: str, sizes: list[int], apply: Apply) -> App
 
 def _row(layout: _Layout, path: str, apply: Apply) -> Apply:
     """The sum of the ranks' products, and the bias once."""
-    axis, name = layout.axis, layout.core.first_name(f"{path}.bias")
+    name = layout.core.first_name(f"{path}.bias")
     takes_none = isinstance(layout.modules[path], nn.Linear)  # Conv1D adds its bias, whatever it is
 
     def run(leaves: Params, x: Tensor) -> Tensor:
@@ -442,12 +466,14 @@ def _row(layout: _Layout, path: str, apply: Apply) -> Apply:
         nothing: Any = None if takes_none else torch.zeros_like(bias)
         return _summed(apply({**leaves, name: nothing}, x), layout) + bias
 
-    assert axis
     return run
 
 
 def _summed(y: Tensor, layout: _Layout) -> Tensor:
-    return collectives.scatter_along(y, layout.axis, y.dim() - 2) if layout.sequence else collectives.fan_in(y, layout.axis)
+    if layout.sequence:
+        return collectives.scatter_along(y, layout.axis, y.dim() - 2)
+    _part(None)
+    return collectives.fan_in(y, layout.axis)
 
 
 def _embedding(layout: _Layout, path: str, apply: Apply) -> Apply:
@@ -551,6 +577,7 @@ def _along_sequence(axis: Axis, first: bool, last: bool, apply: Apply, leaves: P
             f"tensor_parallel(sequence=True): a sequence of {x.shape[1]} does not divide by {axis.size} ranks; pad it, or use sequence=False"
         )
     x = collectives.split(x, axis, dim=1) if first else x
+    _part(axis)
     out = apply(leaves, x, *args, **kwargs)
     y = out[0] if isinstance(out, tuple) else out
     if y.shape != x.shape:
