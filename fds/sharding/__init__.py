@@ -7,4 +7,17 @@ from fds.sharding.plans import STYLES, Plan, plan_of
 from fds.sharding.tensor import tensor_parallel
 from fds.sharding.zero import replicate, shard
 
-__all__ = ["STYLES", "Axis", "Mesh", "Plan", "Traffic", "launch", "mesh", "plan_of", "record", "replicate", "shard", "tensor_parallel"]
+__all__ = [
+    "STYLES",
+    "Axis",
+    "Mesh",
+    "Plan",
+    "Traffic",
+    "launch",
+    "mesh",
+    "plan_of",
+    "record",
+    "replicate",
+    "shard",
+    "tensor_parallel",
+]

@@ -170,5 +170,9 @@ def _ends(module: Any) -> dict[str, str]:
         if not isinstance(layer, kind):
             continue
         weight = registries(layer)[0]["weight"]
-        found |= {n: style for n, m in named_modules(module) if isinstance(m, kind) and registries(m)[0].get("weight") is weight}
+        found |= {
+            n: style
+            for n, m in named_modules(module)
+            if isinstance(m, kind) and registries(m)[0].get("weight") is weight
+        }
     return found

@@ -61,9 +61,8 @@ def test_loss_over_split_words(family):
         ranks.run(n, causal, family, False)
 
 
-def test_compiled():
+def test_traced():
     ranks.run(2, causal, "qwen3", True, "traced")
-    ranks.run(2, causal, "llama", False, "compiled")
 
 
 def uneven(changes, sequence):
@@ -73,15 +72,17 @@ def uneven(changes, sequence):
 
 
 def test_uneven_heads_and_features():
-    six = dict(num_attention_heads=6, head_dim=8, intermediate_size=33, attention_bias=True, mlp_bias=True)
+    six = dict(
+        hidden_size=48, num_attention_heads=6, head_dim=8, intermediate_size=33, attention_bias=True, mlp_bias=True
+    )
     shapes = ranks.run(2, uneven, {**six, "num_key_value_heads": 3}, True)
-    assert [s["model.layers.0.self_attn.q_proj.weight"] for s in shapes] == [(32, 32), (16, 32)]
-    assert [s["model.layers.0.self_attn.k_proj.weight"] for s in shapes] == [(16, 32), (8, 32)]
-    assert [s["model.layers.0.mlp.down_proj.weight"] for s in shapes] == [(32, 17), (32, 16)]
+    assert [s["model.layers.0.self_attn.q_proj.weight"] for s in shapes] == [(32, 48), (16, 48)]
+    assert [s["model.layers.0.self_attn.k_proj.weight"] for s in shapes] == [(16, 48), (8, 48)]
+    assert [s["model.layers.0.mlp.down_proj.weight"] for s in shapes] == [(48, 17), (48, 16)]
     # Six heads over four ranks with two key-value heads: two query heads of the second rank look at one key-value head each.
     shapes = ranks.run(4, uneven, {**six, "num_key_value_heads": 2}, False)
     assert [s["model.layers.0.self_attn.q_proj.weight"][0] for s in shapes] == [16, 16, 8, 8]
-    assert all(s["model.layers.0.self_attn.k_proj.weight"] == (16, 32) for s in shapes)
+    assert all(s["model.layers.0.self_attn.k_proj.weight"] == (16, 48) for s in shapes)
 
 
 def test_heads_of_each_rank():
@@ -93,7 +94,11 @@ def test_heads_of_each_rank():
     assert Heads.of(6, 2, 4, error).queries == ((0, 2), (2, 2), (4, 1), (5, 1))
     assert Heads.of(12, 4, 3, error).keys == ((0, 1), (2,), (3,))  # uneven, by whole groups
     assert Heads.of(9, 3, 2, error).queries == ((0, 6), (6, 3))
-    assert Heads.of(10, 2, 3, error).keys == ((0,), (0, 1, 1), (1,))  # 4 + 3 + 3 queries: the second has 1 of one, 2 of the other
+    assert Heads.of(10, 2, 3, error).keys == (
+        (0,),
+        (0, 1, 1),
+        (1,),
+    )  # 4 + 3 + 3 queries: the second has 1 of one, 2 of the other
     with pytest.raises(ValueError, match="4 attention heads over 8 ranks; sizes that work: 1 to 4"):
         Heads.of(4, 2, 8, error)
 
@@ -105,7 +110,9 @@ def ten_steps(sequence, how):
     """With shards over two ranks where there are four, so that norms run over split and whole leaves in flat buffers."""
     mesh = fds.sharding.mesh(dp=-1, tp=2) if dist.is_initialized() else fds.sharding.mesh(dp=1, tp=1)
     program, params = fds.functionalize(zoo.build("qwen3"))
-    program = fds.chain(fds.tensor_parallel(mesh["tp"], sequence=sequence), fds.shard(mesh["dp"]), fds.checkpoint())(program)
+    program = fds.chain(fds.tensor_parallel(mesh["tp"], sequence=sequence), fds.shard(mesh["dp"]), fds.checkpoint())(
+        program
+    )
     rows = {k: v.chunk(mesh["dp"].size)[mesh["dp"].rank] for k, v in zoo.batch("qwen3").items()}
     tx = fds.optim.chain(fds.optim.clip_by_global_norm(0.5), fds.optim.adamw(1e-2, weight_decay=0.1))
     step = fds.train_step(program, tx)
@@ -160,9 +167,10 @@ def test_traffic():
     n, blocks, activation = 2, 2, 4 * 12 * 32 * 4
     loss = n * 2 * (4 * 11) * 4
     assert ranks.run(n, bytes_of_a_step, False)[0] == {"total": (4 * blocks + 2) * activation, "gather": loss}
-    whole = dict(total=2 * activation + blocks * 2 * 32 * 4, scatter=4 * blocks * activation // 2)
-    # Every reduce-scatter has an all-gather beside it; one to join the sequence behind the last block, one for its gradient at the first.
-    whole["gather"] = (4 * blocks // 2 + 2) * activation + loss
+    # A sum becomes a reduce-scatter and an all-gather; the gradients of the norms are summed; the sequence is joined behind the last
+    # block, and its gradient at the first.
+    whole = {"total": 2 * activation + blocks * 2 * 32 * 4, "scatter": 4 * blocks * activation}
+    whole["gather"] = (4 * blocks + 2) * activation + loss
     assert ranks.run(n, bytes_of_a_step, True)[0] == whole
 
 
@@ -172,7 +180,9 @@ def stored_bytes():
 
 
 def test_every_rank_stores_its_part():
-    norms = 4 * (5 * 32 + 4 + 97 * 32 % 64)  # whole on every rank: five norms, rotary frequencies; one word more on the first
+    norms = 4 * (
+        5 * 32 + 4 + 97 * 32 % 64
+    )  # whole on every rank: five norms, rotary frequencies; one word more on the first
     for mine, whole in ranks.run(2, stored_bytes):
         assert mine <= whole // 2 + norms
 
@@ -221,7 +231,11 @@ def adapted(family, dropout):
     want_value, want = differentiate(plain, inner)
     _, back = program.before("lora", grads)
     pick = lambda t: {k: v for part in t.values() for k, v in part.items() if "lora_" in k}  # noqa: E731
-    return abs(float(value - want_value)), laws.distance(pick(back), pick(want)), float(min(v.norm() for v in pick(want).values()))
+    return (
+        abs(float(value - want_value)),
+        laws.distance(pick(back), pick(want)),
+        float(min(v.norm() for v in pick(want).values())),
+    )
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -234,11 +248,17 @@ def test_adapters(family, n):
 def dropped(training):
     """Dropout: whole activations are dropped alike on all ranks, split ones differently; recompute draws the same."""
     out = []
-    for t in (fds.chain(fds.tensor_parallel(axis()), fds.checkpoint()), fds.chain(fds.checkpoint(), fds.tensor_parallel(axis())), fds.tensor_parallel(axis())):
+    for t in (
+        fds.chain(fds.tensor_parallel(axis()), fds.checkpoint()),
+        fds.chain(fds.checkpoint(), fds.tensor_parallel(axis())),
+        fds.tensor_parallel(axis()),
+    ):
         program, params = fds.functionalize(zoo.build("gpt2", training=training))
         program = t(program)
         f = fds.with_seed(lambda s, b, program=program: fds.losses.causal_lm(program, s, b))
-        value, grads = fds.value_and_grad(lambda s, b, f=f: f(torch.tensor(3), s, b))(program.place(params), zoo.batch("gpt2"))
+        value, grads = fds.value_and_grad(lambda s, b, f=f: f(torch.tensor(3), s, b))(
+            program.place(params), zoo.batch("gpt2")
+        )
         out.append((float(value), program.restore(grads)))
     return out
 
@@ -255,17 +275,17 @@ def test_dropout():
 # --- generation ---
 
 
-def tokens(family, compile):
+def tokens(family):
     program, params = fds.functionalize(zoo.build(family))
     program = fds.tensor_parallel(axis())(program)
-    return fds.generate(program, program.place(params), zoo.batch(family)["input_ids"][:, :5], max_new_tokens=6, compile=compile)  # fmt: skip
+    return fds.generate(program, program.place(params), zoo.batch(family)["input_ids"][:, :5], max_new_tokens=6, compile=False)  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "compile"), [("llama", True), ("gpt2", False), ("falcon", False)])
-def test_generation_gives_the_tokens_of_one_process(family, compile):
-    want = tokens(family, False)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_generation_gives_the_tokens_of_one_process(family):
+    want = tokens(family)
     for n in (2, 4):
-        assert all(torch.equal(got, want) for got in ranks.run(n, tokens, family, compile and n == 2))
+        assert all(torch.equal(got, want) for got in ranks.run(n, tokens, family))
 
 
 # --- plans ---
@@ -279,7 +299,8 @@ def test_rules_name_every_layer_of_a_block(family):
     linear = {
         n
         for n, m in model.named_modules()
-        if (isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D") and n.startswith(tuple(b + "." for b in blocks))
+        if (isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D")
+        and n.startswith(tuple(b + "." for b in blocks))
     }
     assert linear and linear <= plan.styles.keys()
     assert "by the names" in str(plan)
@@ -287,7 +308,9 @@ def test_rules_name_every_layer_of_a_block(family):
 
 def test_the_models_own_plan_comes_first():
     plan = plan_of(zoo.build("mixtral"))
-    assert plan.source == "the model's own" and plan.styles["model.layers.1.mlp.experts.gate_up_proj"] == "packed_column"
+    assert (
+        plan.source == "the model's own" and plan.styles["model.layers.1.mlp.experts.gate_up_proj"] == "packed_column"
+    )
     assert plan.styles["model.embed_tokens"] == "embedding"
 
 
@@ -300,20 +323,46 @@ def test_errors_name_the_fix():
     one = fds.sharding.Axis("tp", 1, 0)
     many = fds.sharding.Axis("tp", 64, 0)
     dp = fds.sharding.Axis("dp", 1, 0)
-    refused(r"style 'colum' of '\*.q_proj' is unknown; did you mean 'column'", fds.tensor_parallel(one, {"*.q_proj": "colum"}))
+    refused(
+        r"style 'colum' of '\*.q_proj' is unknown; did you mean 'column'",
+        fds.tensor_parallel(one, {"*.q_proj": "colum"}),
+    )
     refused(r"'\*.q_porj' matches no leaf; did you mean '\*.q_proj'", fds.tensor_parallel(one, {"*.q_porj": "column"}))
     refused(r"ConvNet has no plan of its own.*plan=\{'\*.up_proj'", fds.tensor_parallel(one), zoo.ConvNet())
-    refused(r"layers.0.self_attn.q_proj: 4 attention heads over 64 ranks; sizes that work: 1 to 4", fds.tensor_parallel(many))
-    refused(r"mlp.up_proj: 64 features over 65 ranks", fds.tensor_parallel(fds.sharding.Axis("tp", 65, 0), {"*.up_proj": "column"}))
+    refused(
+        r"layers.0.self_attn.q_proj: 4 attention heads over 64 ranks; sizes that work: 1 to 4",
+        fds.tensor_parallel(many),
+    )
+    refused(
+        r"mlp.up_proj: 64 features over 65 ranks",
+        fds.tensor_parallel(fds.sharding.Axis("tp", 65, 0), {"*.up_proj": "column"}),
+    )
     refused(r"q_norm: the plan splits.*this Qwen3RMSNorm; add 'model.layers.0.self_attn.q_norm': 'partial'",
             fds.tensor_parallel(one, {"*.[qkv]_proj": "column", "*.o_proj": "row"}), zoo.build("qwen3"))  # fmt: skip
-    refused(r"the order that works: chain\(tensor_parallel.*, shard", fds.chain(fds.shard(dp), fds.tensor_parallel(one)))
+    refused(
+        r"the order that works: chain\(tensor_parallel.*, shard", fds.chain(fds.shard(dp), fds.tensor_parallel(one))
+    )
     refused(r"order that works: chain\(lora.*tensor_parallel", fds.chain(fds.tensor_parallel(one), fds.lora(rank=1, targets="*.q_proj")))  # fmt: skip
     refused(r"use two axes of a mesh", fds.chain(fds.tensor_parallel(dp), fds.shard(dp)))
     refused(r"use two axes of a mesh", fds.chain(fds.replicate(dp), fds.tensor_parallel(dp)))
     refused(r"takes one tensor_parallel", fds.chain(fds.tensor_parallel(one), fds.tensor_parallel(dp)))
-    refused(r"acts|names its weights itself; write the pattern into its plan", lambda p: fds.at("*.q_proj", fds.tensor_parallel(one))(p))
+    refused(
+        r"names its weights itself; write the pattern into its plan",
+        lambda p: fds.at("*.q_proj", fds.tensor_parallel(one))(p),
+    )
     refused(r"embed_tokens.weight: two layers share this weight", fds.tensor_parallel(many, {"lm_head": "row_split", "*.embed_tokens": "embedding"}), llama(tie_word_embeddings=True, hidden_size=128, vocab_size=128))  # fmt: skip
+    refused(
+        r"q_proj.weight: 'column' of a parameter by itself is for experts; name the layer, 'model.layers.0.self_attn.q_proj'",
+        fds.tensor_parallel(one, {"*.q_proj.weight": "column"}),
+    )
+    refused(
+        r"lm_head: 'embedding' is for an nn.Embedding, not a Linear", fds.tensor_parallel(one, {"lm_head": "embedding"})
+    )
+    refused(
+        r"style 'experts' does not work on a part of the sequence",
+        fds.tensor_parallel(one, sequence=True),
+        zoo.build("mixtral"),
+    )
     refused(r"not one stack", fds.tensor_parallel(one, sequence=True), zoo.build("bert"))
     model = zoo.build("llama")
     model._tp_plan = {"lm_head": "diagonal"}
@@ -375,7 +424,10 @@ def one_loss():
         close(torch.autograd.grad(f(leaf), leaf)[0], torch.func.grad(g)(x))
         close(torch.func.grad(f)(x), torch.func.grad(g)(x))
         close(torch.func.jvp(f, (x,), (w[0],)), torch.func.jvp(g, (x,), (w[0],)))
-        close(torch.func.grad(lambda x, f=f: torch.func.grad(f)(x).sum())(x), torch.func.grad(lambda x, g=g: torch.func.grad(g)(x).sum())(x))
+        close(
+            torch.func.grad(lambda x, f=f: torch.func.grad(f)(x).sum())(x),
+            torch.func.grad(lambda x, g=g: torch.func.grad(g)(x).sum())(x),
+        )
         batch = torch.stack([x, -x, 2 * x])
         close(torch.func.vmap(torch.func.grad(f))(batch), torch.func.vmap(torch.func.grad(g))(batch))
         torch._dynamo.reset()
