@@ -96,14 +96,14 @@ def _summed(axis: Axis, sequence: bool, y: Tensor) -> Tensor:
     return collectives.fan_in(y, axis)
 
 
-def embedding(core: Core, axis: Axis, path: str, words: Range, apply: Apply) -> Apply:
-    """A lookup in this rank's `words`, zero for all others, summed."""
+def embedding(core: Core, axis: Axis, path: str, words: Range, total: int, apply: Apply) -> Apply:
+    """A lookup in this rank's `words`, zero for the other ranks' words, summed. What is in no vocabulary fails as in the module."""
     first, count = words
     padding = getattr(core.part(path), "padding_idx", None)
     mine = None if padding is None or not first <= padding < first + count else padding - first
 
     def run(leaves: Params, ids: Tensor) -> Tensor:
-        here = (ids >= first) & (ids < first + count)
+        here = ((ids < 0) | (ids >= first)) & ((ids < first + count) | (ids >= total))
         with _changed(core.part(path), {} if padding is None else {"padding_idx": mine}):
             found = apply(leaves, (ids - first).where(here, 0))
         return collectives.fan_in(found.where(here[..., None], 0.0), axis)

@@ -146,7 +146,9 @@ class Layout:
             raise self.error(path, "an embedding with max_norm writes to its weight; leave it out of the plan")
         words = self._even(path, self.shapes[leaf][0])
         self._set(leaf, Cut(0, scaled(words, 1)))
-        self._wrap(path, partial(calls.embedding, self.core, self.axis, path, words[self.axis.rank]))
+        self._wrap(
+            path, partial(calls.embedding, self.core, self.axis, path, words[self.axis.rank], self.shapes[leaf][0])
+        )
 
     def embedding_column(self, path: str) -> None:
         leaf = self.core.first_name(f"{path}.weight")

@@ -193,17 +193,18 @@ def test_every_rank_stores_its_part():
 def composed(name):
     tp = axis()
     t = {
-        "replicate": lambda: fds.chain(fds.replicate(fds.sharding.mesh(dp=1)["dp"]), fds.tensor_parallel(tp)),
         "checkpoint inside": lambda: fds.chain(fds.checkpoint(), fds.tensor_parallel(tp)),
         "matmul": lambda: fds.chain(fds.tensor_parallel(tp), fds.checkpoint("matmul")),
         "store": lambda: fds.chain(fds.tensor_parallel(tp), fds.offload(fds.HostStore()), fds.checkpoint()),
         "by pattern": lambda: fds.tensor_parallel(tp, {"*.[qkv]_proj": "column", "*.o_proj": "row", "*.gate_proj": "column", "*.up_proj": "column", "*.down_proj": "row"}),
         "head by features": lambda: fds.tensor_parallel(tp, {"lm_head": "row_split", "*.embed_tokens": "embedding_column"}),
+        "cast": lambda: fds.chain(fds.tensor_parallel(tp), fds.cast("bfloat16"), fds.checkpoint()),
     }[name]()  # fmt: skip
-    follows_one_process(zoo.build("llama"), t, fds.losses.causal_lm, zoo.batch("llama"))
+    tolerance = 8 * torch.finfo(torch.bfloat16).eps if name == "cast" else 64 * EPS
+    follows_one_process(zoo.build("llama"), t, fds.losses.causal_lm, zoo.batch("llama"), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("name", ["checkpoint inside", "matmul", "store", "by pattern", "head by features"])
+@pytest.mark.parametrize("name", ["cast", "checkpoint inside", "matmul", "store", "by pattern", "head by features"])
 def test_composed(name):
     ranks.run(2, composed, name)
 
@@ -367,6 +368,18 @@ def test_errors_name_the_fix():
     model = zoo.build("llama")
     model._tp_plan = {"lm_head": "diagonal"}
     refused(r"style 'diagonal' of 'lm_head' in the plan of LlamaForCausalLM is not supported; supported: colwise", fds.tensor_parallel(one), model)  # fmt: skip
+
+
+def unknown_word():
+    program, params = fds.functionalize(zoo.build("llama"))
+    program = fds.tensor_parallel(axis())(program)
+    for word in (-1, zoo.VOCABULARY):
+        with pytest.raises(IndexError):
+            program(program.place(params), torch.tensor([[5, word]]))
+
+
+def test_a_word_of_no_rank_fails_on_all():
+    ranks.run(2, unknown_word)
 
 
 def odd_sequence():
