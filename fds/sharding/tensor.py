@@ -84,7 +84,7 @@ def _lens(layout: Layout, p: Program) -> Lens | None:
         want = layout.shapes.get(k)
         if want is not None and v.shape != want:
             raise ValueError(
-                f"tensor_parallel: {k} is stored as {tuple(v.shape)}, required {tuple(want)} as in the module; apply tensor_parallel before what changes it ({p.stack[-1]!r})"
+                f"tensor_parallel: {k} is stored as {tuple(v.shape)}, required {tuple(want)} as in the module; the order that works: chain(tensor_parallel(...), {p.stack[-1]!r})"
             )
 
     def put(params: Params) -> Params:
