@@ -113,8 +113,8 @@ def embedding(core: Core, axis: Axis, path: str, words: Range, total: int, apply
 
 def experts(axis: Axis, apply: Apply) -> Apply:
     def run(leaves: Params, *args: Any, **kwargs: Any) -> Tensor:
-        args, kwargs = ([_out(x, axis) for x in args], {k: _out(x, axis) for k, x in kwargs.items()})
-        return collectives.fan_in(apply(leaves, *args, **kwargs), axis)
+        whole = [_out(x, axis) for x in args]
+        return collectives.fan_in(apply(leaves, *whole, **{k: _out(x, axis) for k, x in kwargs.items()}), axis)
 
     return run
 

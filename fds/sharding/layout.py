@@ -41,10 +41,13 @@ class Layout:
         modules = dict(named_modules(core.module))
         shapes = {core.first_name(f"{n}.{k}".lstrip(".")): p.shape for n, m in modules.items() for k, p in registries(m)[0].items() if p is not None}  # fmt: skip
         layout = Layout(core, axis, sequence, modules, shapes)
+        if sequence:
+            layout._check_stack()
         styles = plan_of(core.module, plan).styles
         for path, style in styles.items():
             layout._check_style(path, style, styles)
-            getattr(layout, style)(path)
+            cut: Any = getattr(layout, style)
+            cut(path)
         layout._check_neighbours(styles)
         layout._tied_embeddings(styles)
         layout._enter(styles)
@@ -320,8 +323,6 @@ class Layout:
                 self._wrap(path, partial(calls.column, self.axis))
         for path in entered:
             self._wrap(path, partial(calls.gathered_input, self.axis))
-        if self.sequence:
-            self._check_stack()
 
     def _is_region(self, path: str, styles: Mapping[str, str]) -> bool:
         """Whether all parameters inside of a module belong to split layers, so that its whole input goes to them."""
