@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import attrs
@@ -57,7 +57,7 @@ class Layout:
 
     def wrappers(self) -> dict[str, Wrap]:
         """The wrappers of every module's call, as one."""
-        return {path: partial(reduce, lambda apply, w: w(apply), wraps) for path, wraps in self.wraps.items()}
+        return {path: partial(_inside_out, wraps) for path, wraps in self.wraps.items()}
 
     def error(self, path: str, text: str) -> ValueError:
         return ValueError(f"tensor_parallel: {path}: {text}")
@@ -344,3 +344,9 @@ class Layout:
             return calls.shared(apply)
         first, last = site == self.core.sites[0], site == self.core.sites[-1]
         return partial(calls.along_sequence, self.axis, first, last, apply)
+
+
+def _inside_out(wraps: list[Wrap], apply: Apply) -> Apply:
+    for wrap in wraps:
+        apply = wrap(apply)
+    return apply
