@@ -12,7 +12,7 @@ from fds.offload import FileStore, HostStore, StoreError, offload
 from fds.precision import cast
 from fds.program import Lens, Program
 from fds.remat import checkpoint
-from fds.sharding import init_distributed, launch, replicate, shard
+from fds.sharding import init_distributed, launch, replicate, shard, tensor_parallel
 from fds.train import NonFiniteError, TrainState, TrainStep, train_step
 from fds.transform import Transform, around, at, chain, relayout, through
 
@@ -54,6 +54,7 @@ __all__ = [
     "save_state",
     "shard",
     "sharding",
+    "tensor_parallel",
     "through",
     "train_step",
     "tree",

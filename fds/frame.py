@@ -20,9 +20,10 @@ Wrap = Callable[[Apply], Apply]
 
 @attrs.define
 class Draws:
-    """How many random numbers the running site has asked for."""
+    """How many random numbers the running site has asked for, and of what."""
 
     count: int = 0
+    part: int = 0  # 0: of activations that all ranks hold; else the number of this rank's part of them
 
 
 @attrs.frozen
@@ -33,6 +34,8 @@ class Head:
     weight: Tensor  # [V, H]
     bias: Tensor | None
     logits: Tensor  # what the layer gave back instead of logits: zeros that take no memory
+    axis: Any = None  # over whose ranks the words are split (`weight` is then this rank's), or None
+    first: int = 0  # the first of this rank's words
 
 
 @attrs.frozen

@@ -179,7 +179,7 @@ class ModuleCore:
             if getattr(config, "use_cache", None):
                 config.use_cache = False
         self.owner = self._owners()
-        self.head = _output_layer(self.skeleton)
+        self.head: str | None = _output_layer(self.skeleton)
         for path in [*sites, *([self.head] if self.head is not None else [])]:
             self.intercept(path)
         self.program = self._program(memo)
@@ -196,6 +196,10 @@ class ModuleCore:
     def module(self) -> nn.Module:
         """The module on the meta device, untouched: for its class, configuration and attributes."""
         return self._pristine
+
+    def part(self, path: str) -> nn.Module:
+        """The skeleton's module at `path`, for a wrapper that changes an attribute of it (a number of heads) for the time of a call."""
+        return self._modules[path]
 
     def first_name(self, name: str) -> str:
         """The name under which a leaf is kept, for any name it goes by."""

@@ -76,7 +76,7 @@ def lora(
         tuple(options.items()),
         lens=partial(_lens, settings),
         provides=frozenset(["lora"]),
-        conflicts=frozenset(["flat", "lora", "whole"]),
+        conflicts=frozenset(["flat", "lora", "tensor", "whole"]),
         check=partial(_check, settings),
         settings=settings,
     )

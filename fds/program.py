@@ -9,7 +9,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
 from fds import tree
 from fds.frame import Apply, Draws, scoped
@@ -53,8 +53,14 @@ class Axis(Protocol):
 class Core(Protocol):
     """Where the calls of a program land: the module behind it (see `functional.py`)."""
 
+    head: str | None
+
     @property
     def sites(self) -> list[str]: ...
+    @property
+    def module(self) -> nn.Module: ...
+    def first_name(self, name: str) -> str: ...
+    def part(self, path: str) -> nn.Module: ...
     def modules(self, site: str) -> list[str]: ...
     def intercept(self, path: str) -> None: ...
     def with_training(self, training: bool) -> "Program": ...

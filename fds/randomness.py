@@ -57,7 +57,8 @@ class _Seeded(TorchFunctionMode):
         frame = FRAME.get()
         assert frame.seed is not None
         frame.draws.count += 1
-        seed = fold(frame.seed, frame.salt, frame.draws.count)
+        part = [frame.draws.part] if frame.draws.part else []
+        seed = fold(frame.seed, frame.salt, frame.draws.count, *part)
         return uniform(seed, shape, block=frame.block if rows else 0, device=device)
 
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -98,7 +98,9 @@ class _Call:
     keep: Callable[[Any], bool] | None
     functorch: bool
     frame: Frame = attrs.field(factory=lambda: attrs.evolve(FRAME.get(), recomputed=True))
-    drawn: int = attrs.field(factory=lambda: FRAME.get().draws.count)  # before the call: every run of it begins there
+    drawn: Draws = attrs.field(
+        factory=lambda: attrs.evolve(FRAME.get().draws)
+    )  # before the call: every run of it begins there
     outputs: list[Any] = attrs.field(factory=list[Any])
     out_spec: Any = None
     stash: Stash | None = None
@@ -113,9 +115,12 @@ class _Call:
         for i, t in zip(self.where, tensors, strict=True):
             full[i] = t
         args, kwargs = pytree.tree_unflatten(full, self.spec)
-        with scoped(self.frame, draws=Draws(self.drawn)) as frame:
+        with scoped(self.frame, draws=attrs.evolve(self.drawn)) as frame:
             out, self.out_spec = pytree.tree_flatten(self.apply(*args, **kwargs))
-        self.frame.draws.count = frame.draws.count  # what comes after it in the site goes on from here
+        self.frame.draws.count, self.frame.draws.part = (
+            frame.draws.count,
+            frame.draws.part,
+        )  # what comes after it in the site goes on from here
         self.outputs = [_TENSOR if isinstance(o, Tensor) else o for o in out]  # tensors here would outlive the call
         return tuple(o for o in out if isinstance(o, Tensor))
 

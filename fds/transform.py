@@ -37,6 +37,7 @@ class Transform:
     requires: frozenset[str] = frozenset()
     conflicts: frozenset[str] = frozenset()
     axes: tuple[Axis, ...] = ()  # data axes that this transformation introduces
+    shared: tuple[Axis, ...] = ()  # axes whose ranks compute one call together, of the same rows
     check: Callable[[Program], None] | None = attrs.field(default=None, eq=False)
     parts: tuple["Transform", ...] | None = None  # of a chain
 
@@ -86,6 +87,11 @@ def _check_order(t: Transform, history: tuple[Transform, ...]) -> None:
         if any(a in h.axes for a in t.axes):
             raise ValueError(
                 f"{t!r} cannot follow {h!r}: gradients would be reduced twice over the same ranks; leave one of them out, or give it another axis of the mesh"
+            )
+        both = [a for a in (*t.axes, *t.shared) if a in (h.shared if a in t.axes else h.axes)]
+        if both:
+            raise ValueError(
+                f"{t!r} cannot follow {h!r}: one gives the ranks of {both[0]!r} rows of their own, the other the same rows; use two axes of a mesh, as mesh(dp=2, tp=2), or leave one of them out"
             )
         clash = h.provides & t.conflicts
         if not clash:
@@ -165,9 +171,15 @@ def around_site(site: str, p: Program, wrap: Wrap, scope: str) -> Program:
     paths = _outermost(m for m in inside if tree.matches(scope, m))
     if not paths:
         return p
-    each = {m: bind(core, m) if bind else wrap for m in paths}
-    for path in paths:
-        core.intercept(path)
+    return wrapped_calls(p, {m: bind(core, m) if bind else wrap for m in paths})
+
+
+def wrapped_calls(p: Program, each: Mapping[str, Wrap]) -> Program:
+    """Program `p` of a site with the calls of modules inside of it wrapped, by path."""
+    if p.core is None or not each:
+        return p
+    for path in each:
+        p.core.intercept(path)
 
     def apply(stored: Params, *args: Any, **kwargs: Any) -> Any:
         wraps = FRAME.get().wraps
@@ -300,8 +312,10 @@ def at(pattern: str, transform: Transform) -> Transform:
         return chain(*[at(pattern, t) for t in transform.parts])
     if transform.rewrite is not None:
         raise ValueError(f"at: {transform!r} acts on whole programs and cannot be restricted to {pattern!r}")
-    if "lora" in transform.provides:
-        raise ValueError(f"at: {transform!r} names its weights itself; write the pattern into its targets")
+    if transform.provides & {"lora", "tensor"}:
+        raise ValueError(
+            f"at: {transform!r} names its weights itself; write the pattern into its {'targets' if 'lora' in transform.provides else 'plan'}"
+        )
 
     def check(program: Program) -> None:
         what = f"at({pattern!r}, {transform!r})"

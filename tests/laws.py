@@ -16,8 +16,9 @@ import fds
 HOST = fds.HostStore()
 
 
-def table(axis, targets="*.q_proj"):
-    """Name -> transformation. `axis` is the data axis, `targets` a linear layer of the family."""
+def table(axis, targets="*.q_proj", tensor=None):
+    """Name -> transformation. `axis` is the data axis, `tensor` that of tensor parallelism, `targets` a linear layer of the family."""
+    tensor = tensor or fds.sharding.Axis("tp", 1, 0)
     return {
         "nothing": fds.chain(),
         "shard": fds.shard(axis),
@@ -36,6 +37,8 @@ def table(axis, targets="*.q_proj"):
         "lora": fds.lora(rank=2, targets=targets),
         "lora, shard, checkpoint": fds.chain(fds.lora(rank=2, targets=targets), fds.shard(axis), fds.checkpoint()),
         "at": fds.at("*.0", fds.checkpoint()),
+        "tensor": fds.tensor_parallel(tensor),
+        "tensor, shard, checkpoint": fds.chain(fds.tensor_parallel(tensor), fds.shard(axis), fds.checkpoint()),
     }
 
 
@@ -43,12 +46,14 @@ EXACT = ("nothing", "shard", "shard small whole", "replicate", "checkpoint", "ch
 
 
 def setting(family, name, *, training=False):
-    """This rank's program, parameters and rows, and the global rows."""
-    axis = fds.sharding.mesh(dp=-1)["dp"]
+    """This rank's program, parameters and rows, and the global rows. With tensor parallelism two ranks, or all of them, share their rows."""
+    world = fds.sharding.mesh(dp=-1).size
+    mesh = fds.sharding.mesh(dp=-1, tp=1 if "tensor" not in name else min(world, 2) if "shard" in name else world)
+    axis = mesh["dp"]
     program, params = fds.functionalize(zoo.build(family, training=training))
     rows = zoo.batch(family)
     mine = {k: v.chunk(axis.size)[axis.rank] for k, v in rows.items()}
-    return table(axis, zoo.FAMILIES[family][1])[name](program), params, mine, rows, axis
+    return table(axis, zoo.FAMILIES[family][1], mesh["tp"])[name](program), params, mine, rows, axis
 
 
 def mean(x, axis):
@@ -248,13 +253,14 @@ def memory(blocks, name):
     assert blocks * (2 * shard + kept) < live.peak <= allowed, (live.peak, allowed)
 
 
-CHAINABLE = ("shard", "checkpoint", "cast", "lora", "offload", "store", "replicate", "at", "fuse")
+CHAINABLE = ("tensor", "shard", "checkpoint", "cast", "lora", "offload", "store", "replicate", "at", "fuse")
 
 
 def any_chain(names):
     """Laws 1 to 3 for a chain drawn at random; an impossible order has to say so, with one that works."""
     axis = fds.sharding.mesh(dp=-1)["dp"]
     build = {
+        "tensor": lambda: fds.tensor_parallel(fds.sharding.Axis("tp", 1, 0)),
         "shard": lambda: fds.shard(axis),
         "checkpoint": fds.checkpoint,
         "cast": lambda: fds.cast("bfloat16"),

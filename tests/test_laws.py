@@ -10,14 +10,15 @@ NAMES = list(laws.table(laws.fds.sharding.mesh(dp=1)["dp"]))
 
 
 def usable(family, name):
-    """The ConvNet has BatchNorm statistics in float32 and its blocks have no path `*.q_proj`."""
-    return not (family == "convnet" and "cast" in name)
+    """The ConvNet has BatchNorm statistics in float32, and no layers that a plan of tensor parallelism knows."""
+    return not (family == "convnet" and ("cast" in name or "tensor" in name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_and_meaning(family, name):
-    laws.round_trip(family, name)
+    if not (family == "convnet" and "tensor" in name):
+        laws.round_trip(family, name)
     if usable(family, name):
         laws.meaning(family, name)
 
@@ -75,6 +76,7 @@ def test_adapter_gradients(family):
         "offload, shard, checkpoint",
         "shard, store, checkpoint",
         "shard, cast, checkpoint",
+        "tensor",
     ],
 )
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bloom", "mixtral", "bert", "t5", "convnet"])
@@ -89,6 +91,9 @@ def test_two_ranks(family, name):
 def test_four_ranks(family):
     ranks.run(4, laws.round_trip, family, "shard, checkpoint")
     ranks.run(4, laws.gradient, family, "shard, checkpoint")
+    ranks.run(4, laws.round_trip, family, "tensor, shard, checkpoint")
+    ranks.run(4, laws.gradient, family, "tensor, shard, checkpoint")
+    ranks.run(4, laws.gradient, family, "tensor")
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "t5"])
@@ -139,6 +144,7 @@ def test_ten_steps_on_two_ranks_follow_one_process():
         ("shard, store, checkpoint", "streamed"),
         ("nothing", "sharded streamed"),
         ("replicate", "adamw"),
+        ("tensor", "adamw"),
     ]:
         follows(ranks.run(2, laws.ten_steps, "llama", name, 1, "eager", optimizer)[0], want, 1e-5)
 

@@ -339,7 +339,7 @@ def _example(seed: int, dtype: torch.dtype) -> tuple[Any, ...]:
 _WHY = "logits of 16k rows and 152k words are 10 GB in float32, written and read five times; a compiler does not split a product by rows"
 _TERMS = "int ignore_index, float softcap, float label_smoothing, float z_loss"
 
-_each_row = define(
+each_row = define(
     "linear_cross_entropy",
     f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {_TERMS}, bool entropy) -> (Tensor, Tensor, Tensor)",
     formula="loss, logsumexp, entropy of softmax(h W^T + b), for each row",
@@ -407,9 +407,9 @@ def linear_cross_entropy(
     terms = (ignore_index, softcap, label_smoothing, z_loss)
     _check(*terms)
     if scale is None:
-        return _each_row(flat, weight, bias, targets, *terms, False)[0].view(target.shape)
+        return each_row(flat, weight, bias, targets, *terms, False)[0].view(target.shape)
     if not torch.is_grad_enabled():
-        return (_each_row(flat, weight, bias, targets, *terms, False)[0] * scale.reshape(-1)).sum()
+        return (each_row(flat, weight, bias, targets, *terms, False)[0] * scale.reshape(-1)).sum()
     needs = [x is not None and (x.requires_grad or inside_functorch()) for x in (hidden, weight, bias)]
     return _weighted_sum(flat, weight, bias, targets, scale.reshape(-1), *terms, needs)[0]
 
@@ -436,7 +436,7 @@ def linear_log_probabilities(
         raise ValueError(f"linear_log_probabilities: temperature={temperature!r}, required > 0, and 1 with a softcap")
     flat = (hidden / temperature if temperature != 1.0 else hidden).reshape(-1, hidden.shape[-1])
     bias = bias / temperature if bias is not None and temperature != 1.0 else bias
-    loss, _, entropy = _each_row(flat, weight, bias, target.reshape(-1), IGNORED, softcap, 0.0, 0.0, True)
+    loss, _, entropy = each_row(flat, weight, bias, target.reshape(-1), IGNORED, softcap, 0.0, 0.0, True)
     return -loss.view(target.shape), entropy.view(target.shape)
 
 

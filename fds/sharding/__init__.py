@@ -5,20 +5,26 @@ from fds.sharding.comms_log import CommsLogger, CommsRow, CommsSummary, Traffic,
 from fds.sharding.launch import launch
 from fds.sharding.liveness import RankError
 from fds.sharding.mesh import Axis, Mesh, mesh
+from fds.sharding.plans import STYLES, Plan, plan_of
+from fds.sharding.tensor import tensor_parallel
 from fds.sharding.zero import replicate, shard
 
 __all__ = [
+    "STYLES",
     "Axis",
     "CommsLogger",
     "CommsRow",
     "CommsSummary",
     "Mesh",
+    "Plan",
     "RankError",
     "Traffic",
     "init_distributed",
     "launch",
     "mesh",
+    "plan_of",
     "record",
     "replicate",
     "shard",
+    "tensor_parallel",
 ]

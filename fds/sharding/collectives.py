@@ -1,10 +1,13 @@
-"""Collectives as differentiable operators: gather, scatter, replicate, total.
+"""Collectives as differentiable operators: gather, scatter, replicate, total; and fan_out, fan_in, join, split.
 
-All four are linear, so nothing is saved for backward; each one's gradient is another one. They are operators by the recipe of
+All are linear, so nothing is saved for backward; each one's gradient is another one. They are operators by the recipe of
 `fds/_torch.py`: they work under autograd, `torch.func`, `vmap`, and the compiler, where each is one node of the graph.
+
+The first four are for ranks with a loss each, whose mean or sum is differentiated (data parallelism). The others are for ranks that compute
+*one* loss together (tensor parallelism): a value that every rank holds whole has a gradient that every rank holds whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -27,6 +30,8 @@ _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 class _Axis(Protocol):
     @property
     def size(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
     @property
     def group(self) -> str: ...
 
@@ -151,6 +156,50 @@ replicate_op = linear_operator(
 )
 
 
+# --- one loss on all ranks ---
+
+
+fan_in_op = linear_operator(
+    "fan_in",
+    "Tensor x, int n, str group",
+    primitive=lambda x, n, group: _total(x, n, group, False),
+    fake=lambda x, n, group: torch.empty_like(x, memory_format=torch.contiguous_format),
+    transpose=lambda g, n, group: fan_out_op(g, n, group),
+    batch=lambda x, *c: fan_in_op(x, *c),
+)
+fan_out_op = linear_operator(
+    "fan_out",
+    "Tensor x, int n, str group",
+    primitive=lambda x, n, group: x.clone(),
+    fake=lambda x, n, group: torch.empty_like(x),
+    transpose=lambda g, n, group: fan_in_op(g, n, group),
+    batch=lambda x, *c: fan_out_op(x, *c),
+)
+
+
+def _join_batch(x: Tensor, n: int, rank: int, group: str) -> Tensor:
+    out = join_op(x.reshape(-1), n, rank, group).view(n, *x.shape)
+    return out.movedim(0, -2).reshape(*x.shape[:-1], -1)
+
+
+join_op = linear_operator(
+    "join",
+    "Tensor x, int n, int rank, str group",
+    primitive=lambda x, n, rank, group: _gather(x, n, group, False),
+    fake=lambda x, n, rank, group: x.new_empty(x.numel() * n),
+    transpose=lambda g, n, rank, group: split_op(g, n, rank, group),
+    batch=_join_batch,
+)
+split_op = linear_operator(
+    "split",
+    "Tensor x, int n, int rank, str group",
+    primitive=lambda x, n, rank, group: x.reshape(n, -1)[rank].clone(),
+    fake=lambda x, n, rank, group: x.new_empty(x.numel() // n),
+    transpose=lambda g, n, rank, group: join_op(g, n, rank, group),
+    batch=lambda x, n, rank, group: x.reshape(x.shape[0], n, -1)[:, rank],
+)
+
+
 def _is_mean(reduce: str) -> bool:
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce: {reduce!r} is unknown; {tree.suggest(reduce, ['mean', 'sum'])}")
@@ -183,3 +232,78 @@ def total(x: Tensor, axis: _Axis, *, reduce: str = "sum") -> Tensor:
     """The reduction of `x` over the axis, on every rank (all-reduce; low precision is summed in float32)."""
     mean = _is_mean(reduce)
     return x if axis.size == 1 else total_op(x, axis.size, axis.group, mean)
+
+
+def fan_out(x: Tensor, axis: _Axis) -> Tensor:
+    """`x`, which every rank holds whole, for work of which each rank does a part. Its gradient is `fan_in`: the parts' gradients add up.
+
+    The operator f of Shoeybi et al. 2019, arXiv:1909.08053, section 3.
+    """
+    return x if axis.size == 1 else fan_out_op(x, axis.size, axis.group)
+
+
+def fan_in(x: Tensor, axis: _Axis) -> Tensor:
+    """The sum over ranks of each rank's part, whole on every rank (all-reduce). Its gradient is `fan_out`: no communication.
+
+    The operator g of Shoeybi et al. 2019, arXiv:1909.08053, section 3.
+    """
+    return x if axis.size == 1 else fan_in_op(x, axis.size, axis.group)
+
+
+def join(x: Tensor, axis: _Axis, *, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
+    """Concatenate the ranks' parts along `dim`; the whole is then one value on all ranks, so its gradient is `split`.
+
+    `sizes`: of the parts, by rank, where they differ; shorter ones are padded on the wire.
+    """
+    if axis.size == 1:
+        return x
+    widest = x.shape[dim] if sizes is None else max(sizes)
+    x = _padded(x, dim, widest)
+    parts = join_op(x.reshape(-1), axis.size, axis.rank, axis.group).view(axis.size, *x.shape)
+    if sizes is None or min(sizes) == widest:
+        return _side_by_side(parts, dim)
+    return torch.cat([p.narrow(dim, 0, k) for p, k in zip(parts.unbind(), sizes, strict=True)], dim)
+
+
+def split(x: Tensor, axis: _Axis, *, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's part along `dim` of a value that every rank holds whole. Its gradient is `join`.
+
+    `sizes`: of the parts, by rank; default: equal parts.
+    """
+    if axis.size == 1:
+        return x
+    sizes = [x.shape[dim] // axis.size] * axis.size if sizes is None else sizes
+    widest = max(sizes)
+    parts = torch.stack([_padded(p, dim, widest) for p in x.split(list(sizes), dim)])
+    mine = split_op(parts.reshape(-1), axis.size, axis.rank, axis.group).view(parts.shape[1:])
+    return mine.narrow(dim, 0, sizes[axis.rank])
+
+
+def gather_along(x: Tensor, axis: _Axis, dim: int) -> Tensor:
+    """The ranks' equal parts along `dim`, for work of which each rank does a part: all-gather; its gradient is `scatter_along`."""
+    if axis.size == 1:
+        return x
+    return _side_by_side(gather(x.reshape(-1), axis, reduce="sum").view(axis.size, *x.shape), dim)
+
+
+def scatter_along(x: Tensor, axis: _Axis, dim: int) -> Tensor:
+    """This rank's part along `dim` of the sum over ranks (reduce-scatter); its gradient is `gather_along`."""
+    if axis.size == 1:
+        return x
+    parts = torch.stack(x.chunk(axis.size, dim))
+    return scatter(parts.reshape(-1), axis, reduce="sum").view(parts.shape[1:])
+
+
+def _side_by_side(parts: Tensor, dim: int) -> Tensor:
+    """[n, ..., m, ...] -> [..., n*m, ...]."""
+    dim %= parts.dim() - 1
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _padded(x: Tensor, dim: int, size: int) -> Tensor:
+    missing = size - x.shape[dim]
+    if not missing:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_zeros(shape)], dim)

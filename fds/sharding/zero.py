@@ -1,6 +1,7 @@
 """`shard`: parameters stored as one flat shard per site (ZeRO-3), and `replicate`: stored whole, gradients reduced (data parallel)."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fds.program import Lens
 from fds.sharding import collectives
 from fds.sharding.mesh import Axis
-from fds.transform import Transform, direct, through
+from fds.transform import Transform, direct, parameters, through
 from fds.tree import Params
 
 
@@ -38,12 +39,12 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
     options: dict[str, Any] = {"axis": axis, "reduce": reduce}
     if threshold:
         options["threshold"] = threshold
-    return through(
-        lambda spec: _flat_lens(spec, axis, reduce, threshold),
-        name="shard",
-        options=options,
-        provides=["flat"],
-        conflicts=["flat", "whole"],
+    return Transform(
+        "shard",
+        tuple(options.items()),
+        lens=lambda p: _flat_lens(parameters(p), axis, reduce, threshold, p.axes),
+        provides=frozenset(["flat"]),
+        conflicts=frozenset(["flat", "whole"]),
         axes=(axis,),
     )
 
@@ -61,13 +62,16 @@ def replicate(axis: Axis, *, reduce: str = "mean") -> Transform:
     return through(make, name="replicate", options={"axis": axis, "reduce": reduce}, conflicts=["whole"], axes=(axis,))
 
 
-def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int) -> Lens | None:
+def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Mapping[str, tuple[Any, ...]] = {}) -> Lens | None:  # fmt: skip
+    """`split`: the axes over which leaves are split already; those that are not have a buffer of their own, for norms count them once."""
     groups: dict[str, list[str]] = {}
+    axes: dict[str, tuple[Any, ...]] = {}
     for name, leaf in spec.items():
         if leaf.numel() >= threshold:
-            groups.setdefault(
-                f"shard.{str(leaf.dtype).removeprefix('torch.')}{'' if leaf.requires_grad else '.frozen'}", []
-            ).append(name)
+            over = split.get(name, ())
+            key = ".".join(["shard", str(leaf.dtype).removeprefix("torch."), *(a.name for a in over), *([] if leaf.requires_grad else ["frozen"])])  # fmt: skip
+            groups.setdefault(key, []).append(name)
+            axes[key] = (*over, axis) if axis.size > 1 else over
     if not spec:
         return None
     flat = {n for names in groups.values() for n in names}
@@ -86,7 +90,7 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int) -> Lens | 
             out |= unflatten(collectives.gather(stored[key], axis, reduce=reduce), {n: spec[n].shape for n in names})
         return {n: out[n] for n in spec}
 
-    return Lens(put, get, axes={key: (axis,) for key in groups} if axis.size > 1 else {})
+    return Lens(put, get, axes={k: v for k, v in axes.items() if v})
 
 
 def _shard_of(leaves: list[Tensor], axis: Axis) -> Tensor:
