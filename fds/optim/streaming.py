@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fds import tree
 from fds._torch import opaque_operator
+from fds.layout import Part
 from fds.offload import handles
 from fds.offload.handles import SHAPE, Window
-from fds.optim.base import Norm, Optimizer, check_like, guarded_step
+from fds.optim.base import Member, Norm, Optimizer, check_like, guarded_step
 
 _STREAMS: "weakref.WeakValueDictionary[int, Stream]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -49,7 +50,7 @@ def streamed(tx: Optimizer, store: Any, *, window: int = 2, min_bytes: int = 2**
             "streamed: no updates to add: parameters may be in a store; use fds.train_step, or tx.step(...)"
         )
 
-    return Optimizer(stream.init, update, step=stream, stream=stream)
+    return Optimizer(stream.init, update, step=stream, stream=stream, members=stream.members)
 
 
 @attrs.frozen
@@ -99,6 +100,13 @@ class Stream:
         state = tree.map(away, full)
         self.window.settle()
         return state
+
+    def members(self, params: Any) -> list[Member]:
+        """Each group's state, with the window of those that are in the store."""
+        parts: list[Part] = optree.tree_leaves(params)
+        groups = [[parts[i] for i in g] for g in self.groups([p.stored for p in parts])]
+        away = [self.window if self.is_away([p.stored for p in g]) else None for g in groups]
+        return [Member((i,), "", self.tx, g, window=w) for i, (g, w) in enumerate(zip(groups, away, strict=True))]
 
     def is_away(self, leaves: Sequence[Tensor]) -> bool:
         """Whether the state of a group is in the store."""
