@@ -23,7 +23,7 @@ class Box(NamedTuple):
     at: int = 0
 
     @property
-    def count(self) -> int:
+    def numel(self) -> int:
         """Elements."""
         return math.prod(self.sizes)
 
@@ -72,7 +72,7 @@ def joined(tensors: Iterable[tuple[int, Boxes]], start: int, stop: int) -> Boxes
     for length, boxes in tensors:
         for b in boxes:
             first = base + b.at
-            low, high = max(start, first), min(stop, first + b.count)
+            low, high = max(start, first), min(stop, first + b.numel)
             out += cut(b, low - first, high - first, low - start)
         base += length
     return tuple(out)
@@ -96,7 +96,7 @@ class Layout:
         if f is not None:
             host = host | (self.host & spec.keys())
             return Layout(self.spec, None if self.boxes is None else f(self.boxes), host)
-        if self.boxes is not None and all(self.boxes[k] == whole(k, v.shape) for k, v in self.spec.items()):
+        if self.boxes is not None and self.boxes == Layout.plain(self.spec).boxes:
             return Layout.plain(spec)
         return Layout(spec, None)
 

@@ -32,7 +32,7 @@ class Entry:
 
     def view(self, x: Tensor, box: Box) -> Tensor:
         """The elements of a box, of the tensor."""
-        return x.reshape(-1)[box.at : box.at + box.count].view(box.sizes)
+        return x.reshape(-1)[box.at : box.at + box.numel].view(box.sizes)
 
 
 def entries(step: TrainStep, home: torch.device) -> list[Entry]:
@@ -103,6 +103,6 @@ def _single(name: str, like: Any, device: torch.device, window: Any = None) -> E
 
 
 def _entry(kind: str, boxes: Boxes, like: Tensor, shapes: Shapes, device: torch.device, window: Any) -> Entry:
-    held = [b for b in boxes if b.count]
+    held = [b for b in boxes if b.numel]
     named = tuple(b._replace(leaf=kind + b.leaf) for b in held)
     return Entry(tuple(like.shape), like.dtype, named, {kind + b.leaf: shapes[b.leaf] for b in held}, device, window)

@@ -49,9 +49,9 @@ def checksum(x: Tensor) -> int:
     return zlib.crc32(_bytes(x))
 
 
-def _bytes(x: Tensor) -> memoryview:
+def _bytes(x: Tensor) -> Any:
     """The bytes of a contiguous tensor in host memory."""
-    return memoryview(x.reshape(-1).view(torch.uint8).numpy())
+    return x.reshape(-1).view(torch.uint8).numpy()
 
 
 # --- writing ---
@@ -146,6 +146,7 @@ class Writer(StorageWriter):
                     x: Any = planner.resolve_data(item)
                     f.write(_bytes(x))
                     results.append(WriteResult(item.index, x.nbytes, Written(file, _key(item), checksum(x))))
+                    del x  # before the next one is read
                 f.flush()
                 os.fsync(f.fileno())
         done.set_result(results)
@@ -292,7 +293,7 @@ class Loader(dcp.LoadPlanner):
         self.entries, self.folder = entries, folder
         self.tensors: dict[int, Tensor] = {}
         self.coming: dict[int, Tensor] = {}
-        self.left = [sum(b.count for b in e.boxes) for e in entries]
+        self.left = [sum(b.numel for b in e.boxes) for e in entries]
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         assert metadata is not None

@@ -9,7 +9,6 @@ import optree
 import pytest
 import ranks
 import torch
-import zoo
 from torch import nn
 
 import fds
@@ -86,14 +85,14 @@ def write_all(directory):
 
 
 def read_some(directory, turn):
-    """The layouts whose state is not what `init` makes of the parameters there; each reads a quarter of the others, in turns."""
+    """The layouts whose state is not what `init` makes of the parameters there; each reads one of the others, in turns."""
     wrong = []
     for i, name in enumerate(LAYOUTS):
         with HostStore() as store:
             step, params = odd(name, store)
             want = step.init(params)
             for j, other in enumerate(LAYOUTS):
-                if (i + j) % 4 == turn % 4:
+                if (i + j) % 8 == turn % 8:
                     got = fds.load_state(Path(directory) / other, step)
                     if not equal(got, want) or optree.tree_structure(got) != optree.tree_structure(want):
                         wrong.append((other, name))
@@ -127,29 +126,49 @@ RUNS = {
     "shard": lambda store: ([fds.shard(axis()), fds.checkpoint()], lambda tx: tx),
     "zero1": lambda store: ([], lambda tx: optim.sharded(tx, axis())),
     "replicate": lambda store: ([fds.replicate(axis())], optim.offloaded),
-    "offload": lambda store: ([fds.shard(axis()), fds.offload(store)], lambda tx: optim.streamed(tx, store, min_bytes=2000)),
+    "offload": lambda store: ([fds.shard(axis()), fds.offload(store)], lambda tx: optim.streamed(tx, store, min_bytes=200)),
 }  # fmt: skip
 
 
-def llama(run, store):
-    program, params = fds.functionalize(zoo.build("llama"))
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 50), nn.Tanh(), nn.Linear(50, 8)) for _ in range(2))
+
+    def forward(self, x):
+        for b in self.blocks:
+            x = x + b(x)
+        return x
+
+
+def net():
+    torch.manual_seed(0)
+    return fds.functionalize(Net(), sites="blocks.*")
+
+
+def error(program, stored, batch):
+    return (program(stored, batch["x"]) - batch["x"].flip(1)).square().mean()
+
+
+def trained(run, store):
+    program, params = net()
     chain, placed = RUNS[run](store)
-    train = fds.chain(fds.lora(rank=2, targets="*.q_proj"), fds.cast("float64"), *chain)(program)
-    return fds.train_step(train, placed(optim.adamw(1e-2)), seed=3), params
+    train = fds.chain(fds.lora(rank=2, targets="*.0"), fds.cast("float64"), *chain)(program)
+    return fds.train_step(train, placed(optim.adamw(1e-2)), loss=error, seed=3), params
 
 
 def steps(step, state, which):
     losses, a = [], axis()
     for i in which:
-        rows = {k: v.chunk(a.size)[a.rank] for k, v in zoo.batch("llama", rows=4, seed=i).items()}
-        state, metrics = step(state, rows)
+        rows = torch.randn(8, 8, generator=torch.Generator().manual_seed(i)).chunk(a.size)[a.rank]
+        state, metrics = step(state, {"x": rows})
         losses.append(float(metrics["loss"]))
     return state, losses
 
 
 def begun(directory, run):
     with HostStore() as store:
-        step, params = llama(run, store)
+        step, params = trained(run, store)
         state, _ = steps(step, step.init(params), range(2))
         fds.save_state(Path(directory) / run, step, state)
         return steps(step, state, range(2, 5))[1]
@@ -157,7 +176,7 @@ def begun(directory, run):
 
 def gone_on(directory, run, under):
     with HostStore() as store:
-        step, _ = llama(under, store)
+        step, _ = trained(under, store)
         return steps(step, fds.load_state(Path(directory) / run, step), range(2, 5))[1]
 
 
@@ -171,7 +190,7 @@ def test_the_loss_goes_on_under_another_mesh(tmp_path):
     ]:
         want = ranks.run(n, begun, where, run)[0]
         got = ranks.run(m, gone_on, where, run, under)[0] if m > 1 else gone_on(where, run, under)
-        assert got == want if (n, run) == (m, under) else got == pytest.approx(want, abs=2e-5), (run, under)
+        assert got == want if (n, run) == (m, under) else got == pytest.approx(want, abs=1e-6), (run, under)
         assert len(set(want)) == 3
 
 
@@ -335,8 +354,8 @@ def test_a_layout_lens_before_one_that_is_none_is_refused(tmp_path):
 
 def blocks_of_8_bits(directory, run):
     with HostStore() as store:
-        program, params = fds.functionalize(zoo.build("llama"))
-        step = fds.train_step(fds.chain(*RUNS[run](store)[0])(program), optim.adamw8bit(1e-2))
+        program, params = net()
+        step = fds.train_step(fds.chain(*RUNS[run](store)[0])(program), optim.adamw8bit(1e-2), loss=error)
         state, _ = steps(step, step.init(params), range(1))
         fds.save_state(directory, step, state)
         return equal(fds.load_state(directory, step), state)
@@ -345,9 +364,9 @@ def blocks_of_8_bits(directory, run):
 def test_state_in_blocks_goes_on_where_the_blocks_are_the_same(tmp_path):
     assert ranks.run(2, blocks_of_8_bits, str(tmp_path / "whole"), "replicate") == [True, True]
     assert ranks.run(2, blocks_of_8_bits, str(tmp_path / "shard"), "shard") == [True, True]
-    step = fds.train_step(fds.functionalize(zoo.build("llama"))[0], optim.adamw8bit(1e-2))
+    step = fds.train_step(net()[0], optim.adamw8bit(1e-2), loss=error)
     assert int(fds.load_state(tmp_path / "whole", step).optimizer.updates) == 1
-    with pytest.raises(ValueError, match="1 of 2.*same layout"):
+    with pytest.raises(ValueError, match=r"1 of 2.*same layout"):
         fds.load_state(tmp_path / "shard", step)
 
 
@@ -356,8 +375,8 @@ def test_state_in_blocks_goes_on_where_the_blocks_are_the_same(tmp_path):
 
 def in_background(directory):
     """The step goes on and overwrites its state; what is written is what was there at the call."""
-    program, params = fds.functionalize(zoo.build("llama"))
-    step = fds.train_step(fds.shard(program, axis()), optim.adamw(1e-2))
+    program, params = net()
+    step = fds.train_step(fds.shard(program, axis()), optim.adamw(1e-2), loss=error)
     state, _ = steps(step, step.init(params), range(1))
     want = tree.map(torch.clone, state)
     future = fds.save_state(directory, step, state, asynchronous=True, keep=1)
@@ -389,7 +408,7 @@ def fails_in_background(directory):
     step, params = odd("shard", None)
     write, said = state_files.Writer.write_data, []
     if axis().rank == axis().size - 1:
-        state_files.Writer.write_data = lambda *_: open(f"{directory}/no/such/folder", "wb")
+        state_files.Writer.write_data = lambda *_: Path(f"{directory}/no/such/folder").touch()
     try:
         for ask in (True, False):
             future = fds.save_state(directory, step, step.init(params), asynchronous=True)
@@ -415,14 +434,17 @@ def test_an_error_in_the_background_is_raised(tmp_path):
 # --- kills ---
 
 _KILLS = """
-import os, random, signal, sys, time, torch, torch.distributed as dist, fds, fds.state_files
+import json, os, random, signal, sys, time, torch, torch.distributed as dist, fds, fds.state_files
 from datetime import timedelta
 from test_run_state import killed_step
 torch.set_num_threads(1)
 where, n, moments = sys.argv[1], int(sys.argv[2]), [float(x) for x in sys.argv[3:]]
 last = 0
+def changed(where):
+    file = where + "/state.json"
+    return json.load(open(file))["saves"] if os.path.exists(file) else []
 for i, moment in enumerate(moments):
-    children = []
+    children, before = [], changed(where)
     for rank in range(n):
         child = os.fork()
         if child == 0:
@@ -435,8 +457,8 @@ for i, moment in enumerate(moments):
                 fds.save_state(where, step, state, keep=2, asynchronous=i % 2 == 1)
         children.append(child)
     deadline = time.time() + 60
-    while not os.path.exists(where + "/state.json") and time.time() < deadline:
-        time.sleep(0.01)
+    while changed(where) == before and time.time() < deadline:
+        time.sleep(0.005)
     time.sleep(moment)
     random.Random(i).shuffle(children)
     for child in children:
@@ -461,17 +483,17 @@ def killed_step():
 
 
 def test_a_kill_of_all_ranks_leaves_a_checkpoint(tmp_path):
-    """kill -9 of both ranks, one after the other, at eight moments of a loop of saves; read by one process."""
+    """kill -9 of both ranks, one after the other, at six moments of a loop of saves; read by one process."""
     import test_checkpoint
 
-    moments = [f"{0.3 + 0.037 * i:.4f}" for i in range(8)]
+    moments = [f"{0.02 + 0.027 * i:.4f}" for i in range(6)]
     where = tmp_path / "state"
     out = subprocess.run(
         [sys.executable, "-c", _KILLS, str(where), "2", *moments],
         capture_output=True, text=True, env=test_checkpoint._env() | {"GLOO_SOCKET_IFNAME": "lo"}, timeout=200,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
-    assert int(out.stdout) > 8, "the loop saved often enough for kills to fall into a save"
+    assert int(out.stdout) > 6, "the loop saved often enough for kills to fall into a save"
     step, state = killed_step()
     fds.save_state(where, step, state, keep=1)
     assert {p.name for p in where.iterdir()} == {"state.json", "0"}  # the leftovers are gone

@@ -49,7 +49,11 @@ def _of_rule(tx: Optimizer, params: Any, path: tuple[str, ...], name: str, host:
     depths = [len(p) for p in optree.tree_paths(params)]
     # One more level below each parameter, with its number for a key: in the state that key says whose the tensor is.
     number = iter(range(len(parts)))
-    numbered = optree.tree_map(lambda p: {f"\0{next(number)}": torch.empty_like(p.held)}, params)
+
+    def below(part: Part) -> dict[str, Tensor]:
+        return {f"\0{next(number)}": torch.empty_like(part.held)}
+
+    numbered = tree.map(below, params)
     found: list[tuple[tuple[str, ...], Part | None, str, Tensor]] = []
     for keys, like in tree.paths(tx.init(numbered)):
         own = keys[-1].startswith("\0") if keys else False
