@@ -83,7 +83,9 @@ class Layout:
     """What the stored parameters of a site hold."""
 
     spec: Mapping[str, Tensor]  # the leaves before the first lens that changes the layout alone: meta tensors
-    boxes: Held | None  # of them; None: a lens that is no layout follows one that is
+    boxes: (
+        Held | None
+    )  # of them; None: not known, as a lens that says nothing of it splits leaves, or follows one that moves them
     host: frozenset[str] = frozenset()  # stored leaves that are kept in host memory
 
     @staticmethod
@@ -91,12 +93,14 @@ class Layout:
         """Every leaf is stored as it is."""
         return Layout(spec, {k: whole(k, v.shape) for k, v in spec.items()})
 
-    def after(self, f: Callable[[Held], Held] | None, spec: Mapping[str, Tensor], host: frozenset[str]) -> "Layout":
-        """The layout behind one more lens, which leaves `spec`; `f` is the lens's own layout."""
+    def after(
+        self, f: Callable[[Held], Held] | None, spec: Mapping[str, Tensor], *, host: frozenset[str], split: bool
+    ) -> "Layout":
+        """The layout behind one more lens, which leaves `spec`; `f` is the lens's own layout, `split` says that ranks hold parts of its leaves."""
         if f is not None:
             host = host | (self.host & spec.keys())
             return Layout(self.spec, None if self.boxes is None else f(self.boxes), host)
-        if self.boxes is not None and self.boxes == Layout.plain(self.spec).boxes:
+        if not split and self.boxes == Layout.plain(self.spec).boxes:
             return Layout.plain(spec)
         return Layout(spec, None)
 

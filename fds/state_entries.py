@@ -66,7 +66,7 @@ def _part(site: str, p: Program, name: str) -> Part:
     layout = p.layout or Layout.plain(parameters(p))
     if layout.boxes is None:
         raise ValueError(
-            f"{tree.qualified(site, name)}: {list(p.stack)} cannot be saved for any layout: a transformation that is none (it has no Lens.layout) follows one that is; put it before"
+            f"{tree.qualified(site, name)}: {list(p.stack)} cannot be saved for any layout: a transformation without Lens.layout splits leaves over ranks, or follows one that moves them; put it before, or give it a layout"
         )
     held = leaf if home is None else torch.empty(home.shape, dtype=home.dtype, device="meta")
     boxes = layout.boxes[name] if name in layout.boxes else whole(name, leaf.shape)  # a buffer: no lens sees it

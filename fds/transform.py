@@ -134,7 +134,7 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
 
     with torch.enable_grad():
         spec = {k: v.detach().requires_grad_(v.requires_grad) for k, v in lift(lens.put, p.spec).items()}
-    layout = p.layout or Layout.plain(parameters(p))
+    layout, own = p.layout or Layout.plain(parameters(p)), {k: v for k, v in spec.items() if k not in buffers}
     return attrs.evolve(
         p,
         spec=spec,
@@ -143,7 +143,7 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
         restore=restore,
         axes={**{k: v for k, v in p.axes.items() if k in spec}, **lens.axes},
         handles=lens.handles,
-        layout=layout.after(lens.layout, {k: v for k, v in spec.items() if k not in buffers}, lens.host),
+        layout=layout.after(lens.layout, own, host=lens.host, split=bool(lens.axes)),
         stack=(*p.stack, transform),
         tol=max(p.tol, lens.tol),
         peel=peel,

@@ -347,6 +347,10 @@ def test_a_layout_lens_before_one_that_is_none_is_refused(tmp_path):
     step = fds.train_step(fds.chain(fds.shard(axis()), double)(program), optim.sgd(0.1))
     with pytest.raises(ValueError, match="put it before"):
         fds.save_state(tmp_path, step, step.init(params))
+    split = fds.through(lambda spec: fds.Lens(dict, dict, axes={k: (axis(),) for k in spec}), name="split")
+    other = fds.train_step(split(program), optim.sgd(0.1))
+    with pytest.raises(ValueError, match="splits leaves over ranks"):
+        fds.save_state(tmp_path, other, other.init(params))
     step = fds.train_step(fds.chain(double, fds.shard(axis()))(program), optim.sgd(0.1))
     fds.save_state(tmp_path, step, step.init(params))
     assert equal(fds.load_state(tmp_path, step), step.init(params))
