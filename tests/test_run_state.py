@@ -85,14 +85,14 @@ def write_all(directory):
 
 
 def read_some(directory, turn):
-    """The layouts whose state is not what `init` makes of the parameters there; each reads one of the others, in turns."""
+    """The layouts whose state is not what `init` makes of the parameters there; each reads one or two of the others, in turns."""
     wrong = []
     for i, name in enumerate(LAYOUTS):
         with HostStore() as store:
             step, params = odd(name, store)
             want = step.init(params)
             for j, other in enumerate(LAYOUTS):
-                if (i + j) % 8 == turn % 8:
+                if (i + j - turn) % 7 == 0:
                     got = fds.load_state(Path(directory) / other, step)
                     if not equal(got, want) or optree.tree_structure(got) != optree.tree_structure(want):
                         wrong.append((other, name))
@@ -104,7 +104,7 @@ def test_every_layout_reads_every_other_on_any_number_of_ranks(tmp_path):
     write_all(tmp_path / "1")
     for n in (2, 4):
         ranks.run(n, write_all, str(tmp_path / str(n)))
-    for turn, (m, n) in enumerate([(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)]):
+    for turn, (m, n) in enumerate([(1, 1), (1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]):
         where = str(tmp_path / str(n)), turn
         assert (ranks.run(m, read_some, *where) if m > 1 else [read_some(*where)]) == [[]] * m, (n, m)
     assert fds.load_extra(tmp_path / "4" / "plain") == {"row": 3}
