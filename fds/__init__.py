@@ -1,7 +1,7 @@
 """fds: models as pure functions over parameter trees; sharding, offload, adapters and precision as transformations that compose."""
 
 from fds import losses, optim, sharding, tree
-from fds.checkpoint import load, load_adapters, load_state, save, save_adapters, save_state
+from fds.checkpoint import load, load_adapters, save, save_adapters
 from fds.compiling import compile
 from fds.frame import with_seed, with_updates
 from fds.functional import functionalize
@@ -12,6 +12,7 @@ from fds.offload import FileStore, HostStore, StoreError, offload
 from fds.precision import cast
 from fds.program import Lens, Program
 from fds.remat import checkpoint
+from fds.run_state import load_extra, load_state, save_state
 from fds.sharding import init_distributed, launch, replicate, shard, tensor_parallel
 from fds.train import NonFiniteError, TrainState, TrainStep, train_step
 from fds.transform import Transform, around, at, chain, relayout, through
@@ -42,6 +43,7 @@ __all__ = [
     "launch",
     "load",
     "load_adapters",
+    "load_extra",
     "load_state",
     "lora",
     "losses",

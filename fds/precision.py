@@ -44,7 +44,7 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transfo
         def get(stored: Params) -> Params:
             return {k: v.to(dtype) if k in changed else v for k, v in stored.items()}
 
-        return Lens(put=same, get=get, restore=same, tol=torch.finfo(dtype).eps)
+        return Lens(put=same, get=get, restore=same, tol=torch.finfo(dtype).eps, layout=same)
 
     def check(program: Program) -> None:
         if keep:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fds import tree
 from fds.frame import Apply, Draws, scoped
+from fds.layout import Held, Layout
 from fds.tree import Params, Stored
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Lens(NamedTuple):
     * `restore`: stored -> logical, exactly, outside of training (export, relayout). Default: `get`.
     * `axes`: the mesh axes over which a stored leaf is split; sums over the whole leaf reduce over them.
     * `handles`: stored leaves that stand for tensors elsewhere, and where those are (`fds.offload`). No later lens can change them.
+    * `layout`: of a lens that moves elements and changes none: from what the leaves that go in hold to what the stored ones do (`fds.layout`).
+      States are saved as they were before such lenses, so that they can be restored under others. None: the lens changes more than that.
+    * `host`: stored leaves that are in host memory, whatever the device of those that go in.
     """
 
     put: Callable[[Params], Params]
@@ -38,6 +42,8 @@ class Lens(NamedTuple):
     restore: Callable[[Params], Params] | None = None
     axes: Mapping[str, tuple["Axis", ...]] = {}
     handles: Mapping[str, Any] = {}
+    layout: Callable[[Held], Held] | None = None
+    host: frozenset[str] = frozenset()
 
 
 class Axis(Protocol):
@@ -99,6 +105,7 @@ class Program:
     ] = {}  # leaves by property: "buffer", "transient" (not saved), "transposed" ([in, out] weights)
     axes: Mapping[str, tuple[Axis, ...]] = {}  # of one site: the axes over which a stored leaf is split
     handles: Mapping[str, Any] = {}  # of one site: stored leaves that stand for tensors in a store -> where those are
+    layout: Layout | None = None  # of one site: what its stored leaves hold; None: each itself
     data_axes: tuple[Axis, ...] = ()  # the axes over which ranks see different rows of the batch
     stack: tuple["Transform", ...] = ()  # of one site: the transforms that changed its representation
     tol: float = 0.0

@@ -13,6 +13,7 @@ import torch
 
 from fds import tree
 from fds.frame import FRAME, Wrap, scoped
+from fds.layout import Layout
 from fds.program import Axis, Lens, Program, assemble, check_stored, same
 from fds.tree import Params, Stored
 
@@ -139,6 +140,7 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
 
     with torch.enable_grad():
         spec = {k: v.detach().requires_grad_(v.requires_grad) for k, v in lift(lens.put, p.spec).items()}
+    layout, own = p.layout or Layout.plain(parameters(p)), {k: v for k, v in spec.items() if k not in buffers}
     return attrs.evolve(
         p,
         spec=spec,
@@ -147,6 +149,7 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
         restore=restore,
         axes={**{k: v for k, v in p.axes.items() if k in spec}, **lens.axes},
         handles=lens.handles,
+        layout=layout.after(lens.layout, own, host=lens.host, split=bool(lens.axes)),
         stack=(*p.stack, transform),
         tol=max(p.tol, lens.tol),
         peel=peel,
@@ -354,13 +357,18 @@ def _lens_at(pattern: str, make: Callable[[Program], Lens | None], p: Program) -
         return None
     rest = {k for k in parameters(p) if k not in chosen}
 
-    def lift(f: Callable[[Params], Params]) -> Callable[[Params], Params]:
+    def lift(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda t: {
             **{k: v for k, v in t.items() if k in rest},
             **f({k: v for k, v in t.items() if k not in rest}),
         }
 
-    return lens._replace(put=lift(lens.put), get=lift(lens.get), restore=lens.restore and lift(lens.restore))
+    return lens._replace(
+        put=lift(lens.put),
+        get=lift(lens.get),
+        restore=lens.restore and lift(lens.restore),
+        layout=lens.layout and lift(lens.layout),
+    )
 
 
 def relayout(src: Program, dst: Program) -> Callable[[Any], Any]:

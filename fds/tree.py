@@ -78,6 +78,20 @@ def flat_as(like: Any, tree: Any, *, what: str, path: str = "") -> list[Tensor]:
     return [x for k in keys for x in flat_as(like[k], tree[k], what=what, path=f"{path}[{k!r}]")]
 
 
+def paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The tensors of nested dictionaries, lists and (named) tuples with the keys that lead to them, in the order of `flat`.
+
+    >>> [path for path, _ in paths({"a": [torch.zeros(1), torch.ones(1)]})]
+    [('a', '0'), ('a', '1')]
+    """
+    if isinstance(tree, Tensor):
+        yield path, tree
+        return
+    parts = tree.items() if is_mapping(tree) else zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True)
+    for k, v in parts:
+        yield from paths(v, (*path, str(k)))
+
+
 def rebuild(like: Any, values: Iterator[Tensor]) -> Any:
     """The tree `like` with its tensors replaced by `values`, in the order of `flat`."""
     if isinstance(like, Tensor):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fds import tree
+from fds.layout import Held, joined
 from fds.offload.handles import FETCH, SHAPE, Home, Window, forget, hold, read_gradient, record
 from fds.offload.store import FileStore, HostStore, Reference, StoreError
-from fds.program import Lens, Program
+from fds.program import Lens, Program, same
 from fds.sharding.zero import unflatten
 from fds.transform import Transform, direct, parameters
 from fds.tree import Params
@@ -110,7 +111,7 @@ def offload(
         tuple(options.items()),
         lens=lens,
         check=check,
-        provides=frozenset(["offload"]),
+        provides=frozenset(["offload", "layout"]),
         conflicts=frozenset(["offload", "whole"]),
     )
 
@@ -125,7 +126,7 @@ def _moved(names: list[str]) -> Lens:
         device: Any = compute_device()
         return {k: v if v.is_meta or k not in names else v.to(device, non_blocking=True) for k, v in stored.items()}
 
-    return Lens(put, get)
+    return Lens(put, get, layout=same, host=frozenset(names))
 
 
 def _away(p: Program, names: list[str], window: Window) -> Lens:
@@ -162,6 +163,12 @@ def _away(p: Program, names: list[str], window: Window) -> Lens:
             out |= unflatten(FETCH(stored[key], [sizes[key]], spec[members[0]].dtype, device), shapes)
         return {k: out[k] for k in spec}
 
+    def layout(held: Held) -> Held:
+        gone = {
+            key: joined([(spec[k].numel(), held[k]) for k in members], 0, sizes[key]) for key, members in groups.items()
+        }
+        return {k: v for k, v in held.items() if k not in names} | gone
+
     axes = {key: p.axes.get(members[0], ()) for key, members in groups.items()}
     homes = {key: Home(window, (sizes[key],), spec[members[0]].dtype) for key, members in groups.items()}
-    return Lens(put, get, axes={k: v for k, v in axes.items() if v}, handles=homes)
+    return Lens(put, get, axes={k: v for k, v in axes.items() if v}, handles=homes, layout=layout)

@@ -5,7 +5,7 @@ the new parameters are ``params + updates``. States are named tuples and diction
 so a new learning rate is new data, not a new graph.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import optree
@@ -43,6 +43,24 @@ class Step(Protocol):
     ) -> tuple[Any, Any] | None: ...
 
 
+class Member(NamedTuple):
+    """An optimizer inside of another one.
+
+    * `path`: where its state is in the other's; several members may have states of one kind, each for some of the parameters
+    * `name`: tells it from members of another kind
+    * `params`: the tree of parameters that it is for
+    * `host`: its state is in host memory
+    * `window`: where the tensors of its state are, if they are in a store
+    """
+
+    path: tuple[int, ...]
+    name: str
+    tx: "Optimizer"
+    params: Any
+    host: bool = False
+    window: Any = None
+
+
 def _as_they_are(grads: Any) -> Any:
     return grads
 
@@ -57,6 +75,8 @@ class Optimizer(NamedTuple):
     * `step(grads, state, params, norm=f, ok=ok, donated=d) -> (params, state)`: update and addition at once; nothing changes where the 0-D bool
       `ok` is False. With `donated` it may write over `state` and `params`. See `guarded_step`.
     * `stream`: of `streamed`, which takes handles in place of parameters; plans ask it what is where.
+    * `members(params)`: of an optimizer made of others: which state is whose, for a tree with a `fds.layout.Part` in place of each parameter.
+      None: a rule, whose state is made from the tree of parameters alone. Files ask it what belongs to which leaf.
     """
 
     init: Callable[[Any], Any]
@@ -65,6 +85,7 @@ class Optimizer(NamedTuple):
     axis: Axis | None = None
     step: Step | None = None
     stream: Any = None
+    members: Callable[[Any], Sequence[Member]] | None = None
 
 
 def guarded_step(tx: Optimizer, grads: Any, state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any]:  # fmt: skip
@@ -103,9 +124,12 @@ def chain(*optimizers: Optimizer) -> Optimizer:
             states.append(s)
         return grads, tuple(states)
 
+    def members(params: Any) -> list[Member]:
+        return [Member((i,), str(i), o, params) for i, o in enumerate(optimizers)]
+
     last = optimizers[-1].step if optimizers else None
     if last is None:
-        return Optimizer(init, update)
+        return Optimizer(init, update, members=members)
 
     def step(
         grads: Any, state: tuple[Any, ...], params: Any, *, norm: Norm, ok: Tensor, donated: bool
@@ -117,7 +141,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         done = last(grads, state[-1], params, norm=norm, ok=ok, donated=donated)
         return None if done is None else (done[0], (*states, done[1]))
 
-    return Optimizer(init, update, step=step)
+    return Optimizer(init, update, step=step, members=members)
 
 
 def stateless(f: Callable[[Any, Any], Any]) -> Optimizer:

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fds import tree
-from fds.optim.base import Axis, Norm, Optimizer, check_like
+from fds.layout import Part
+from fds.optim.base import Axis, Member, Norm, Optimizer, check_like
 from fds.sharding import collectives
+from fds.sharding.zero import shard_boxes
 
 
 def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
@@ -53,7 +55,21 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
             return None
         return _unflat({k: collectives.gather(v, axis) for k, v in done[0].items()}, params), done[1]
 
-    return Optimizer(init, update, reduce, axis, step if tx.step is not None else None, tx.stream)
+    def members(params: Any) -> list[Member]:
+        parts: list[Part] = optree.tree_leaves(params)
+        return [
+            Member((), "", tx, {k: _shard([parts[i] for i in where], k, axis) for k, where in _groups(params).items()})
+        ]
+
+    return Optimizer(init, update, reduce, axis, step if tx.step is not None else None, tx.stream, members)
+
+
+def _shard(parts: list[Part], key: str, axis: Axis) -> Part:
+    """What this rank has of the parameters of one dtype."""
+    size = -(-sum(p.held.numel() for p in parts) // axis.size)
+    own = torch.empty(size, dtype=parts[0].dtype, device="meta")
+    boxes = shard_boxes([(p.held.numel(), p.boxes) for p in parts], axis)
+    return Part(key, own, own, boxes, f"{axis.rank} of {axis.size}", all(p.host for p in parts))
 
 
 def _check_shards(grads: Any, mine: dict[str, Tensor]) -> None:
@@ -115,7 +131,10 @@ def offloaded(tx: Optimizer, device: str = "cpu") -> Optimizer:
             states.append(tree.map(_host, s))
         return optree.tree_unflatten(spec, updates), states
 
-    return Optimizer(init, update)
+    def members(params: Any) -> list[Member]:
+        return [Member((i,), "", tx, p, host=True) for i, p in enumerate(optree.tree_leaves(params))]
+
+    return Optimizer(init, update, members=members)
 
 
 def _host(x: Tensor) -> Tensor:

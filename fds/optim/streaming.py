@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fds import tree
 from fds._torch import opaque_operator
+from fds.layout import Part
 from fds.offload import handles
 from fds.offload.handles import SHAPE, Held, Window
-from fds.optim.base import Norm, Optimizer, check_like, guarded_step
+from fds.optim.base import Member, Norm, Optimizer, check_like, guarded_step
 
 _STREAMS: "weakref.WeakValueDictionary[int, Stream]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -53,7 +54,7 @@ def streamed(tx: Optimizer, store: Any, *, window: int = 2, bucket_bytes: int = 
             "streamed: no updates to add: parameters may be in a store; use fds.train_step, or tx.step(...)"
         )
 
-    return Optimizer(stream.init, update, step=stream, stream=stream)
+    return Optimizer(stream.init, update, step=stream, stream=stream, members=stream.members)
 
 
 @attrs.define(eq=False)
@@ -125,6 +126,12 @@ class Stream:
         away = [self._hold(flat) for flat in parts.values()]
         self.window.settle()
         return away, tree.map(lambda t: () if t.dim() else t, full)
+
+    def members(self, params: Any) -> list[Member]:
+        """Each bucket's state, for a tree of parts."""
+        parts: list[Part] = optree.tree_leaves(params)
+        found = self.buckets([p.stored for p in parts])
+        return [Member((i,), "", self.tx, [parts[k] for k in of], window=self.window) for i, of in enumerate(found)]
 
     def _hold(self, parts: list[Tensor]) -> Tensor:
         if parts[0].is_meta:

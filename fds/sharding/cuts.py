@@ -1,11 +1,13 @@
 """Which part of a leaf each rank works with: `Cut`, and how many attention heads each rank has: `Heads`."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain, product
 
 import attrs
 import torch
 from torch import Tensor
 
+from fds.layout import Box, Boxes
 from fds.sharding import collectives
 from fds.sharding.mesh import Axis
 
@@ -31,6 +33,23 @@ class Cut:
     def take(self, x: Tensor, rank: int) -> Tensor:
         """The part of a rank, a copy."""
         return torch.cat([x.narrow(self.dim, start, length) for start, length in self.ranges[rank]], self.dim)
+
+    def boxes(self, leaf: Boxes, rank: int) -> Boxes:
+        """What a rank stores, of a leaf that was stored as it is."""
+        if self.whole:
+            return leaf
+        (box,) = leaf
+        found, at = list[Box](), 0
+        before, after, ranges = box.sizes[: self.dim], box.sizes[self.dim + 1 :], self.ranges[rank]
+        # Several ranges of a dimension that is not the first alternate in memory: a box for each row of each.
+        rows = list(product(*map(range, before))) if len(ranges) > 1 else [None]
+        for row in rows:
+            for start, length in ranges:
+                offsets = ((0,) * self.dim if row is None else row, (start,), (0,) * len(after))
+                sizes = (before if row is None else (1,) * self.dim, (length,), after)
+                found.append(Box(box.leaf, tuple(chain(*offsets)), tuple(chain(*sizes)), at))
+                at += found[-1].numel
+        return tuple(found)
 
     def used(self, x: Tensor, axis: Axis) -> Tensor:
         """What this rank works with, of what it stores."""

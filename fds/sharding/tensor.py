@@ -6,9 +6,10 @@ from typing import Any
 
 import attrs
 
+from fds.layout import Held
 from fds.program import Lens, Program
-from fds.sharding.layout import Layout
 from fds.sharding.mesh import Axis
+from fds.sharding.split import Split
 from fds.transform import Transform, direct, parameters, wrapped_calls
 from fds.tree import Params
 
@@ -41,7 +42,7 @@ def tensor_parallel(axis: Axis, plan: Mapping[str, str] | None = None, *, sequen
     return _TensorParallel(
         "tensor_parallel",
         tuple(options.items()),
-        provides=frozenset(["tensor"]),
+        provides=frozenset(["tensor", "layout"]),
         conflicts=frozenset(["tensor", "flat", "whole"]),
         shared=(axis,),
         axis=axis,
@@ -52,36 +53,36 @@ def tensor_parallel(axis: Axis, plan: Mapping[str, str] | None = None, *, sequen
 
 @attrs.frozen(repr=False)
 class _TensorParallel(Transform):
-    """The transformation with its settings; applied, it is bound to the layout of the program's module."""
+    """The transformation with its settings; applied, it is bound to how the program's module is split."""
 
     axis: Axis = attrs.field(kw_only=True)
     plan: Mapping[str, str] | None = attrs.field(kw_only=True, eq=False)
     sequence: bool = attrs.field(kw_only=True)
-    layout: Layout | None = attrs.field(default=None, kw_only=True, eq=False)
+    split: Split | None = attrs.field(default=None, kw_only=True, eq=False)
 
     def __call__(self, program: Program) -> Program:
         core = program.core
         if core is None:
             raise ValueError("tensor_parallel: this program was not made from a module")
-        layout = Layout.of(core, self.axis, self.plan, self.sequence)
-        return Transform.__call__(attrs.evolve(self, layout=layout, lens=partial(_lens, layout)), program)
+        split = Split.of(core, self.axis, self.plan, self.sequence)
+        return Transform.__call__(attrs.evolve(self, split=split, lens=partial(_lens, split)), program)
 
     def _on_site(self, site: str, p: Program) -> Program:
-        layout, core = self.layout, p.core
-        assert layout is not None and core is not None
+        split, core = self.split, p.core
+        assert split is not None and core is not None
         new = super()._on_site(site, p)
         inside = set(core.modules(site))
-        new = wrapped_calls(new, {path: w for path, w in layout.wrappers().items() if path in inside})
-        return attrs.evolve(new, apply=layout.around(site, new.apply))
+        new = wrapped_calls(new, {path: w for path, w in split.wrappers().items() if path in inside})
+        return attrs.evolve(new, apply=split.around(site, new.apply))
 
 
-def _lens(layout: Layout, p: Program) -> Lens | None:
-    axis, spec = layout.axis, parameters(p)
-    cuts = {k: cut for k in spec if (cut := layout.cut_of(k)) is not None}
+def _lens(split: Split, p: Program) -> Lens | None:
+    axis, spec = split.axis, parameters(p)
+    cuts = {k: cut for k in spec if (cut := split.cut_of(k)) is not None}
     if not cuts:
         return None
     for k, v in spec.items():
-        want = layout.shapes.get(k)
+        want = split.shapes.get(k)
         if want is not None and v.shape != want:
             raise ValueError(
                 f"tensor_parallel: {k} is stored as {tuple(v.shape)}, required {tuple(want)} as in the module; the order that works: chain(tensor_parallel(...), {p.stack[-1]!r})"
@@ -96,5 +97,8 @@ def _lens(layout: Layout, p: Program) -> Lens | None:
     def restore(stored: Params) -> Params:
         return {k: cuts[k].restore(v, axis) if k in cuts else v for k, v in stored.items()}
 
-    split = {k: (*p.axes.get(k, ()), axis) for k, cut in cuts.items() if not cut.whole and axis.size > 1}
-    return Lens(put, get, restore=restore, axes=split)
+    def layout(held: Held) -> Held:
+        return {k: cuts[k].boxes(held[k], axis.rank) if k in cuts else held[k] for k in spec}
+
+    axes = {k: (*p.axes.get(k, ()), axis) for k, cut in cuts.items() if not cut.whole and axis.size > 1}
+    return Lens(put, get, restore=restore, axes=axes, layout=layout)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fds.program import Lens
+from fds.layout import Boxes, Held, joined
+from fds.program import Lens, same
 from fds.sharding import collectives
 from fds.sharding.mesh import Axis
 from fds.transform import Transform, direct, parameters, through
@@ -43,7 +44,7 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
         "shard",
         tuple(options.items()),
         lens=lambda p: _flat_lens(parameters(p), axis, reduce, threshold, p.axes),
-        provides=frozenset(["flat"]),
+        provides=frozenset(["flat", "layout"]),
         conflicts=frozenset(["flat", "whole"]),
         axes=(axis,),
     )
@@ -57,9 +58,10 @@ def replicate(axis: Axis, *, reduce: str = "mean") -> Transform:
         def get(stored: Params) -> Params:
             return {k: collectives.replicate(v, axis, reduce=reduce) for k, v in stored.items()}
 
-        return Lens(lambda p: p, get, restore=lambda s: s) if spec else None
+        return Lens(same, get, restore=same, layout=same) if spec else None
 
-    return through(make, name="replicate", options={"axis": axis, "reduce": reduce}, conflicts=["whole"], axes=(axis,))
+    options: dict[str, Any] = {"axis": axis, "reduce": reduce}
+    return through(make, name="replicate", options=options, provides=["layout"], conflicts=["whole"], axes=(axis,))
 
 
 def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Mapping[str, tuple[Any, ...]] = {}) -> Lens | None:  # fmt: skip
@@ -90,7 +92,17 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Map
             out |= unflatten(collectives.gather(stored[key], axis, reduce=reduce), {n: spec[n].shape for n in names})
         return {n: out[n] for n in spec}
 
-    return Lens(put, get, axes={k: v for k, v in axes.items() if v})
+    def layout(held: Held) -> Held:
+        shards = {key: shard_boxes([(spec[n].numel(), held[n]) for n in names], axis) for key, names in groups.items()}
+        return {**shards, **{n: held[n] for n in spec if n not in flat}}
+
+    return Lens(put, get, axes={k: v for k, v in axes.items() if v}, layout=layout)
+
+
+def shard_boxes(tensors: list[tuple[int, Boxes]], axis: Any) -> Boxes:
+    """What this rank's 1/n of a concatenation holds, given the length of each tensor and what it holds."""
+    size = -(-sum(n for n, _ in tensors) // axis.size)
+    return joined(tensors, axis.rank * size, (axis.rank + 1) * size)
 
 
 def _shard_of(leaves: list[Tensor], axis: Axis) -> Tensor:

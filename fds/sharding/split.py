@@ -1,4 +1,4 @@
-"""From a plan to what every leaf and every call of a module becomes on a rank: `Layout`."""
+"""From a plan to what every leaf and every call of a module becomes on a rank: `Split`."""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _KEYS = ("k_proj", "v_proj", "key", "value", "k", "v", "k_lin", "v_lin")
 
 
 @attrs.define(eq=False)
-class Layout:
+class Split:
     """What every leaf and every call of a module becomes on this rank."""
 
     core: Core
@@ -37,23 +37,23 @@ class Layout:
     columns: list[str] = attrs.field(factory=list[str])  # paths of column-parallel layers
 
     @staticmethod
-    def of(core: Core, axis: Axis, plan: Mapping[str, str] | None, sequence: bool) -> "Layout":
+    def of(core: Core, axis: Axis, plan: Mapping[str, str] | None, sequence: bool) -> "Split":
         modules = dict(named_modules(core.module))
         shapes = {core.first_name(f"{n}.{k}".lstrip(".")): p.shape for n, m in modules.items() for k, p in registries(m)[0].items() if p is not None}  # fmt: skip
-        layout = Layout(core, axis, sequence, modules, shapes)
+        split = Split(core, axis, sequence, modules, shapes)
         if sequence:
-            layout._check_stack()
+            split._check_stack()
         styles = plan_of(core.module, plan).styles
         for path, style in styles.items():
-            layout._check_style(path, style, styles)
-            cut: Any = getattr(layout, style)
+            split._check_style(path, style, styles)
+            cut: Any = getattr(split, style)
             cut(path)
-        layout._check_neighbours(styles)
-        layout._tied_embeddings(styles)
-        layout._enter(styles)
-        for path, heads in layout.attention.items():
-            layout._wrap(path, partial(calls.with_heads, core, axis, path, heads))
-        return layout
+        split._check_neighbours(styles)
+        split._tied_embeddings(styles)
+        split._enter(styles)
+        for path, heads in split.attention.items():
+            split._wrap(path, partial(calls.with_heads, core, axis, path, heads))
+        return split
 
     def wrappers(self) -> dict[str, Wrap]:
         """The wrappers of every module's call, as one."""

@@ -1,0 +1,167 @@
+"""Files: how they are written, read and found damaged, alone and together with other ranks.
+
+Nothing is ever unpickled. Every file is written aside, flushed to the disk, and renamed, so that a kill at any moment leaves the old file
+or the new.
+"""
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+Directory = str | os.PathLike[str]
+
+_ASIDE = ".writing-"  # begins the names of folders with files that are not finished
+
+
+def write(path: Path, make: Any) -> None:
+    """Let ``make(temporary path)`` make the file, flush it, and give it its name."""
+    # A folder, since safetensors writes to a temporary file beside the one it is given, which a kill leaves there.
+    folder = tempfile.mkdtemp(prefix=_ASIDE, dir=path.parent)
+    aside = Path(folder) / path.name
+    try:
+        make(aside)
+        with open(aside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make new names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of these tensors."""
+    from safetensors.torch import save_file
+
+    own = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
+    seen: set[int] = set()
+    for k, v in own.items():  # the format knows no shared storage
+        if v.untyped_storage().data_ptr() in seen or v.untyped_storage().nbytes() != v.numel() * v.element_size():
+            own[k] = v.clone()
+        seen.add(own[k].untyped_storage().data_ptr())
+    write(path, lambda aside: save_file(own, aside, metadata={"format": "pt"}))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """A JSON file."""
+    write(path, lambda aside: aside.write_text(json.dumps(data, indent=2)))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in memory of their own. `ValueError` for a truncated or foreign file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a complete safetensors file ({diagnosis(path)}): {error}; write it again, or take an older one"
+        ) from error
+
+
+def diagnosis(path: Path) -> str:
+    """What is wrong with a file that should be safetensors."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= size - 8:
+            return (
+                f"{size} bytes, and the header asks for {length}"
+                if len(head) == 8
+                else f"{size} bytes, shorter than a header"
+            )
+        try:
+            entries = json.loads(f.read(length))
+            expected = (
+                8 + length + max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{size} bytes, and no safetensors header"
+    return f"{size} bytes, {expected} expected"
+
+
+def read_json(path: Path) -> Any:
+    """What is in a JSON file. `ValueError` for one that cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+
+
+# --- with other ranks ---
+
+
+def rank() -> int:
+    """This process's number in the job; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """Processes in the job."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if ranks() > 1:
+        dist.barrier()
+
+
+def prepare(directory: Directory) -> Path:
+    """The directory, made if need be, without what killed runs left in it."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, required a directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        for leftover in folder.glob(f"{_ASIDE}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    barrier()
+    return folder
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """A part of the work that every rank does by itself: if it fails on one, it fails on all, and none waits for ever."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    said: list[str | None] = [None] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [(r, s) for r, s in enumerate(said) if s is not None]
+    if failed:
+        raise ValueError(f"{what}: rank {failed[0][0]} failed: {failed[0][1]}")
+
+
+def agreed(value: str) -> str:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if ranks() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,379 @@
+"""The files of a run's state: torch's distributed checkpoints (DCP) over safetensors and JSON.
+
+DCP plans who writes what (a piece that several ranks hold is written by one) and which pieces answer a read under another layout. Its own
+files have a pickle in them, and its safetensors writer takes one piece of a leaf per file and holds a file in memory, so planners and
+storage are these: every rank streams its pieces, one after the other, into one safetensors file that any reader of the format can open;
+``manifest.json`` says which box of which leaf each is, with its CRC-32.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from fds.files import flush_folder, rank
+from fds.layout import Box
+from fds.offload import handles
+from fds.state_entries import Entry
+
+MANIFEST = "manifest.json"
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+
+
+def checksum(x: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(_bytes(x))
+
+
+def _bytes(x: Tensor) -> Any:
+    """The bytes of a contiguous tensor in host memory."""
+    return x.reshape(-1).view(torch.uint8).numpy()
+
+
+# --- writing ---
+
+
+class Saver(dcp.DefaultSavePlanner):
+    """Plans the writing of a state ``{path: tensor}``. Handles are read one at a time, when their turn comes."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.entries = entries
+        self.sources: dict[MetadataIndex, tuple[Entry, Box]] = {}
+        self.last: tuple[str, Tensor] | None = None
+
+    def set_up_planner(self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:  # fmt: skip
+        self.state_dict, self.is_coordinator = state_dict, is_coordinator
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        items = list[WriteItem]()
+        for entry in self.entries:
+            for box in entry.boxes:
+                index = MetadataIndex(box.leaf, box.offsets)
+                if index in self.sources:
+                    self._check_equal(entry, box, *self.sources[index])
+                    continue
+                self.sources[index] = entry, box
+                data = TensorWriteData(_chunk(box), TensorProperties(entry.dtype), torch.Size(entry.leaves[box.leaf]))
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = dcp.SavePlan(items)
+        return self.plan
+
+    def _check_equal(self, entry: Entry, box: Box, other: Entry, first: Box) -> None:
+        """Numbers that every part of a divided state has, as a count of updates, are written once."""
+        a, b = entry.view(self._tensor(entry), box), other.view(self._tensor(other), first)
+        if a.shape != b.shape or not torch.equal(a.cpu(), b.cpu()):
+            raise ValueError(
+                f"{box.leaf}: {entry.path} and {other.path} differ, and another layout has one place for both; give all parts of the state the same value"
+            )
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        entry, box = self.sources[write_item.index]
+        return entry.view(self._tensor(entry), box).detach().to("cpu").contiguous()
+
+    def _tensor(self, entry: Entry) -> Tensor:
+        x = self.state_dict[entry.path]
+        if not handles.is_handle(x):
+            return x
+        if self.last is None or self.last[0] != entry.path:
+            self.last = None  # one at a time: together they are larger than memory
+            self.last = entry.path, handles.read(x)
+        return self.last[1]
+
+
+@attrs.frozen
+class Written:
+    """Where a piece is: the file, its name there, its checksum."""
+
+    file: str
+    key: str
+    crc: int
+
+
+class Writer(StorageWriter):
+    """Writes the pieces of a plan to `folder`; ``published(crc of the manifest)`` is called on one rank when all is on the disk."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], published: Any) -> None:
+        self.folder, self.manifest, self.published = folder, manifest, published
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing to forget: a writer writes once."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Every rank has its file."""
+
+    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False  # folders are given to the constructor
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        results, file = list[WriteResult](), f"rank-{rank():05d}.safetensors"
+        if plan.items:
+            with open(self.folder / file, "wb") as f:
+                f.write(_header(plan.items))
+                for item in plan.items:
+                    x: Any = planner.resolve_data(item)
+                    f.write(_bytes(x))
+                    results.append(WriteResult(item.index, x.nbytes, Written(file, _key(item), checksum(x))))
+                    del x  # before the next one is read
+                f.flush()
+                os.fsync(f.fileno())
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        where = {r.index: r.storage_data for each in results for r in each}
+        leaves = dict[str, Any]()
+        for name, leaf in metadata.state_dict_metadata.items():
+            assert isinstance(leaf, TensorStorageMetadata)
+            at = [where[MetadataIndex(name, c.offsets)] for c in leaf.chunks]
+            pieces = [[w.file, w.key, list(c.offsets), list(c.sizes), w.crc] for w, c in zip(at, leaf.chunks, strict=True)]  # fmt: skip
+            leaves[name] = {"dtype": _name(leaf.properties.dtype), "shape": list(leaf.size), "pieces": pieces}
+        files = {w.file: (self.folder / w.file).stat().st_size for w in where.values()}
+        text = json.dumps({**self.manifest, "files": files, "leaves": leaves}, indent=1).encode()
+        with open(self.folder / MANIFEST, "wb") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        flush_folder(self.folder)
+        self.published(zlib.crc32(text))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _key(item: WriteItem) -> str:
+    """A piece's name in its file: the leaf's; with the box behind it, as one would index it, where it is not the whole leaf."""
+    data = item.tensor_data
+    assert data is not None
+    if data.chunk.sizes == data.size:
+        return item.index.fqn
+    box = ",".join(f"{o}:{o + s}" for o, s in zip(data.chunk.offsets, data.chunk.sizes, strict=True))
+    return f"{item.index.fqn}[{box}]"
+
+
+def _header(items: list[WriteItem]) -> bytes:
+    """The header of a safetensors file with these pieces: its length in 8 bytes, then JSON, padded to a multiple of 8."""
+    entries, at = dict[str, Any](__metadata__={"format": "pt"}), 0
+    for item in items:
+        data: Any = item.tensor_data
+        size = data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        name = _safetensors_name(data.properties.dtype)
+        entries[_key(item)] = {"dtype": name, "shape": list(data.chunk.sizes), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _safetensors_name(dtype: torch.dtype, known: dict[torch.dtype, str] = {}) -> str:  # noqa: B006 (a cache)
+    from safetensors.torch import save
+
+    if dtype not in known:  # the library has no public table, but writes the name
+        known[dtype] = json.loads(save({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"]
+    return known[dtype]
+
+
+# --- reading ---
+
+
+class Reader(StorageReader):
+    """Reads pieces from `folder` by its manifest. A file or a piece that is not as it was written is an error that names it."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.pieces: dict[MetadataIndex, Written] = {}
+        self.files: dict[str, Any] = {}
+        self.last: tuple[Written, Tensor] | None = None
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing to forget: a reader reads once."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        leaves = dict[str, Any]()
+        for name, leaf in self.manifest["leaves"].items():
+            chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for _, _, o, s, _ in leaf["pieces"]]
+            properties = TensorProperties(getattr(torch, leaf["dtype"]))
+            leaves[name] = TensorStorageMetadata(properties, torch.Size(leaf["shape"]), chunks)
+            self.pieces |= {MetadataIndex(name, o): Written(file, key, crc) for file, key, o, _, crc in leaf["pieces"]}
+        return Metadata(leaves)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Files are opened when they are needed."""
+
+    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False  # folders are given to the constructor
+
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            x = self._piece(self.pieces[item.storage_index], item.storage_index)
+            for d, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                x = x.narrow(d, start, length)
+            target = planner.resolve_tensor(item)
+            target.copy_(x)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _piece(self, where: Written, index: MetadataIndex) -> Tensor:
+        if self.last is not None and self.last[0] == where:
+            return self.last[1]
+        path = self.folder / where.file
+        x: Tensor = self._open(path).get_tensor(where.key)
+        if checksum(x) != where.crc:
+            raise ValueError(
+                f"{path}: {index.fqn!r} at {list(index.offset or ())} is not what was written (CRC-32 {checksum(x):08x}, {where.crc:08x} expected); the file was altered: take an older save"
+            )
+        self.last = where, x
+        return x
+
+    def _open(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if path.name not in self.files:
+            expected = self.manifest["files"].get(path.name)
+            if not path.is_file() or path.stat().st_size != expected:
+                got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+                raise ValueError(
+                    f"{path}: {got}, {expected} bytes expected; the file is truncated or was replaced: take an older save"
+                )
+            try:
+                self.files[path.name] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: not a safetensors file ({error}); it was altered: take an older save"
+                ) from None
+        return self.files[path.name]
+
+
+class Loader(dcp.LoadPlanner):
+    """Plans the reading of a state; its tensors are in `tensors`, in the order of `entries`, as they become complete."""
+
+    def __init__(self, entries: list[Entry], folder: Path) -> None:
+        self.entries, self.folder = entries, folder
+        self.tensors: dict[int, Tensor] = {}
+        self.coming: dict[int, Tensor] = {}
+        self.left = [sum(b.numel for b in e.boxes) for e in entries]
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        assert metadata is not None
+        self.metadata = metadata
+
+    def create_local_plan(self) -> dcp.LoadPlan:
+        known, items = self.metadata.state_dict_metadata, list[Any]()
+        wanted = {name for e in self.entries for name in e.leaves}
+        for i, e in enumerate(self.entries):
+            for name in dict.fromkeys(b.leaf for b in e.boxes):
+                leaf: Any = known.get(name)
+                if leaf is not None:
+                    self._check(name, leaf, e)
+                    items += self._reads(i, e, name, leaf)
+        return dcp.LoadPlan(items, planner_data=wanted)
+
+    def _check(self, name: str, leaf: TensorStorageMetadata, e: Entry) -> None:
+        got, want = (tuple(leaf.size), leaf.properties.dtype), (e.leaves[name], e.dtype)
+        if got != want:
+            raise ValueError(
+                f"{self.folder}: {name!r} has {got[0]} {got[1]}, required {want[0]} {want[1]}; the state belongs to another model or optimizer"
+            )
+
+    def _reads(self, i: int, e: Entry, name: str, leaf: TensorStorageMetadata) -> Iterator[Any]:
+        own = [k for k, b in enumerate(e.boxes) if b.leaf == name]
+        for item in create_read_items_for_chunk_list(name, leaf, [_chunk(e.boxes[k]) for k in own]):
+            at = own[item.dest_index.index or 0]
+            yield replace(item, dest_index=MetadataIndex(str(i), e.boxes[at].offsets, at))
+
+    def create_global_plan(self, global_plan: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
+        wanted = set[str]().union(*(p.planner_data for p in global_plan))
+        known = self.metadata.state_dict_metadata.keys()
+        if wanted != known:
+            missing, surplus = (_listed(wanted - known), _listed(known - wanted))
+            raise ValueError(
+                f"{self.folder}: the files hold another state than this step's; missing: {missing}; surplus: {surplus}; make the step with the model, the chain and the optimizer that it was saved with ('k of n' in a name: state in blocks, as of adamw8bit, which goes on under the same layout only)"
+            )
+        return global_plan
+
+    def finish_plan(self, central_plan: dcp.LoadPlan) -> dcp.LoadPlan:
+        for i, left in enumerate(self.left):
+            if left == 0:  # padding, and what has no elements
+                self._complete(i)
+        return central_plan
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        raise ValueError(f"{self.folder}: {read_item.dest_index.fqn!r} is no tensor")
+
+    def resolve_tensor(self, read_item: Any) -> Tensor:
+        i = int(read_item.dest_index.fqn)
+        e, box = self.entries[i], self.entries[i].boxes[read_item.dest_index.index]
+        x = e.view(self._coming(i), box)
+        for d, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            x = x.narrow(d, start, length)
+        return x
+
+    def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
+        i = int(read_item.dest_index.fqn)
+        self.left[i] -= tensor.numel()
+        if self.left[i] == 0:
+            self._complete(i)
+
+    def _coming(self, i: int) -> Tensor:
+        if i not in self.coming:
+            e = self.entries[i]
+            self.coming[i] = torch.zeros(e.shape, dtype=e.dtype, device=e.device)
+        return self.coming[i]
+
+    def _complete(self, i: int) -> None:
+        x, e = self._coming(i), self.entries[i]
+        del self.coming[i]
+        self.tensors[i] = x if e.window is None else handles.hold(e.window, e.path.rpartition("/")[2], x)
+
+    def result(self) -> list[Tensor]:
+        """All tensors. `ValueError` if the files have holes."""
+        if self.coming:
+            e = self.entries[min(self.coming)]
+            raise ValueError(f"{self.folder}: the files do not hold all of {e.path!r}; take an older save")
+        return [self.tensors[i] for i in range(len(self.entries))]
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
