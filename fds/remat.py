@@ -97,7 +97,8 @@ class _Call:
     where: list[int]
     keep: Callable[[Any], bool] | None
     functorch: bool
-    frame: Frame = attrs.field(factory=lambda: attrs.evolve(FRAME.get(), recomputed=True))
+    # Without what a call of the program collects in its frame: results of this very call, which would hold themselves for good.
+    frame: Frame = attrs.field(factory=lambda: attrs.evolve(FRAME.get(), recomputed=True, heads=None))
     drawn: Draws = attrs.field(
         factory=lambda: attrs.evolve(FRAME.get().draws)
     )  # before the call: every run of it begins there
@@ -126,8 +127,10 @@ class _Call:
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         self.kept = []
+        before = {s: dict(updates) for s, updates in self.frame.pending.items()}
         with _Keep(self.keep, self.kept) if self.keep else nullcontext():
             out = self(*tensors)
+        self.frame = attrs.evolve(self.frame, pending=before, updates=None)
         # An input that comes out as it is (T5 hands its position bias on) has to be another tensor for autograd.
         return tuple(o.view_as(o) if any(o is t for t in tensors) else o for o in out)
 

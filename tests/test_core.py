@@ -374,7 +374,8 @@ def faults():
 faults()
 kept = keep_freed()
 assert kept == (platform.libc_ver()[0] == "glibc")
-faults()
+for _ in range(5):
+    faults()  # until the heap is as large as it gets: where it lies differs from run to run
 assert not kept or faults() < 100, "pages were given back"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
