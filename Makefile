@@ -36,6 +36,7 @@ examples: $(VENV)/ready
 	$(BIN)/python examples/write_a_lens.py
 	$(BIN)/python examples/per_sample_gradients.py
 	$(BIN)/python examples/write_an_operator.py
+	$(BIN)/python examples/two_dimensional_mesh.py
 	$(BIN)/python examples/train_larger_than_memory.py --width 64 --layers 56 --steps 2
 
 bench-train: $(VENV)/ready .venv-peers/ready
