@@ -324,7 +324,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default=".", help="a directory on the disk to measure (default: here)")
     parser.add_argument(
-        "--peer-python", default=os.environ.get("PEER_PYTHON"), help="the interpreter of DeepSpeed's environment"
+        "--peer-python",
+        type=os.path.abspath,
+        default=os.environ.get("PEER_PYTHON"),
+        help="the interpreter of DeepSpeed's environment",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", default=str(HERE / "results" / "io_throughput.json"))

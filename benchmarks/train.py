@@ -293,7 +293,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--size", choices=list(SIZES), help="another model than the group's, to try the harness out")
     parser.add_argument(
-        "--peer-python", default=os.environ.get("PEER_PYTHON"), help="interpreter that has deepspeed (or PEER_PYTHON)"
+        "--peer-python",
+        type=os.path.abspath,
+        default=os.environ.get("PEER_PYTHON"),
+        help="interpreter that has deepspeed (or PEER_PYTHON)",
     )
     parser.add_argument(
         "--out", type=Path, help="result file (default: results/train.json here; out/train.json with --only or --size)"

@@ -53,16 +53,23 @@ def _update(fused: Callable[..., None], params: list[Tensor], grads: list[Tensor
             fused(*([xs[i] for i in alike] for xs in columns))
         for row in zip(*columns, strict=True):
             if len({x.dtype for x in row}) > 1:
-                for p, g, *m in zip(*(x.view(-1).split(_CHUNK) for x in row), strict=True):
-                    work = (m or [p])[0].dtype
-                    wide = p.to(work)
-                    fused([wide], [g.to(work)], *([x] for x in m))
-                    if wide is not p:
-                        p.copy_(wide)
+                _in_chunks(fused, *(x.view(-1) for x in row))
         for old, new in zip((params, *moments), (columns[0], *columns[2:]), strict=True):
             for a, b in zip(old, new, strict=True):
                 if a is not b:
                     a.copy_(b)
+
+
+def _in_chunks(fused: Callable[..., None], p: Tensor, g: Tensor, *moments: Tensor) -> None:
+    work = (moments or (p,))[0].dtype
+    room = torch.empty(2, min(_CHUNK, len(p)), dtype=work)  # one for all chunks
+    for p, g, *m in zip(*(x.split(_CHUNK) for x in (p, g, *moments)), strict=True):
+        wide, gradient = (
+            x if x.dtype == work else buffer[: len(x)].copy_(x) for x, buffer in zip((p, g), room, strict=True)
+        )
+        fused([wide], [gradient], *([x] for x in m))
+        if wide is not p:
+            p.copy_(wide)
 
 
 adamw = opaque_operator(
