@@ -1,4 +1,4 @@
-"""fds as a contender: ZeRO-3 over the ranks as one compiled step, or the plain compiled step in one process. Options: `regather`."""
+"""fds as a contender: ZeRO over the ranks as one compiled step, or the plain compiled step in one process. Options: `stage` (2; default 3), `regather`."""
 
 from typing import Any
 
@@ -14,7 +14,10 @@ from fds.sharding import collectives
 def build(job: Job) -> Built:
     """The step of the README. Keep: gathered weights stay for backward. Re-gather: they come again, and blocks are recomputed."""
     program, params = fds.functionalize(llama(job))
-    step = fds.compile(fds.train_step(_chain(job)(program), fds.optim.adamw(LEARNING_RATE)))
+    mesh, tx = fds.sharding.mesh(dp=job.world), fds.optim.adamw(LEARNING_RATE)
+    if job.options.get("stage") == 2:  # and 1: gradients are values, which no rank keeps
+        tx = fds.optim.sharded(tx, mesh["dp"])
+    step = fds.compile(fds.train_step(_chain(job, mesh)(program), tx))
     state = step.init(params)
     del params, program
     facts: dict[str, Any] = {"optimizer": "fds adamw"}
@@ -29,9 +32,9 @@ def build(job: Job) -> Built:
     return Built(run, facts=facts)
 
 
-def _chain(job: Job) -> Any:
-    mesh = fds.sharding.mesh(dp=job.world)
-    parts = [fds.shard(mesh["dp"])] if job.world > 1 else []
+def _chain(job: Job, mesh: Any) -> Any:
+    whole = job.world == 1 or job.options.get("stage") == 2
+    parts = [] if whole else [fds.shard(mesh["dp"])]
     parts += [fds.cast(torch.bfloat16)] if job.low else []
     parts += [fds.checkpoint()] if job.options.get("regather") else []
     return fds.chain(*parts)

@@ -238,6 +238,29 @@ def _adamw(group: Json) -> str:
 # --- files ---
 
 
+def states(result: Json) -> str:
+    """Seconds of a state to the disk and back."""
+    (group,) = result["groups"]
+    rows = list[list[str]]()
+    for name, runs in group["measured"].items():
+        seconds, size = (
+            [_of(group, name, k) for k in ("returned_s", "on_disk_s", "loaded_s")],
+            _of(group, name, "bytes"),
+        )
+        cells = [f"did not run: `{runs[0].get('error')}`"]
+        if size:
+            cells = [*(f"{median(s):.2f}" for s in seconds), f"{median(size) / GB:.2f}"]
+            others = [_of(group, "fds", k) for k in ("on_disk_s", "loaded_s")]
+            cells += [f"{median(a / b for a, b in zip(s, o, strict=True)):.2f}" for s, o in zip(seconds[1:], others, strict=True)]  # fmt: skip
+        rows.append([runs[0]["label"], *cells, *[""] * (6 - len(cells))])
+    head = ["", "save returns, s", "on the disk, s", "loaded, s", "GB in files", "times fds: on the disk", "loaded"]
+    p = group["protocol"]
+    return (
+        f"{_machine(result)}\n\nCommit {group['commit']}, medians of {p['rounds']} rounds in which all take turns, {group['world']} ranks, {group['parameters']:,} float32 parameters and two moments each. "
+        f"Loaded with nothing in the page cache.\n\n{table(head, rows)}"
+    )
+
+
 def io_throughput(result: Json) -> str:
     """GB/s of each contender's best settings."""
     m = result["machine"]
@@ -266,7 +289,7 @@ def spliced(text: str, name: str, body: str) -> str:
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
 
 
-RENDERERS = {"train": train, "offload": offload, "io_throughput": io_throughput}
+RENDERERS = {"train": train, "states": states, "offload": offload, "io_throughput": io_throughput}
 
 
 def main() -> None:

@@ -59,8 +59,10 @@ PROBE = Entry("probe", "machine", "probe:build")
 SHARDED = (
     Entry("fds-keep", "fds ZeRO-3, keep", "fds_zero:build"),
     Entry("fds-regather", "fds ZeRO-3, re-gather and recompute", "fds_zero:build", {"regather": True}),
+    Entry("fds-zero2", "fds ZeRO-1 and 2", "fds_zero:build", {"stage": 2}),
     Entry("deepspeed3", "DeepSpeed ZeRO-3", "peers.deepspeed_zero:build", {"stage": 3}, peer=True),
     Entry("deepspeed2", "DeepSpeed ZeRO-2", "peers.deepspeed_zero:build", {"stage": 2}, peer=True),
+    Entry("deepspeed1", "DeepSpeed ZeRO-1", "peers.deepspeed_zero:build", {"stage": 1}, peer=True),
     Entry("fsdp2", "torch FSDP2, eager", "peers.fsdp2:build"),
     Entry("fsdp2-compiled", "torch FSDP2, torch.compile", "peers.fsdp2:build", {"compile": "model"}),
 )
@@ -90,12 +92,18 @@ ADAM = (
     Entry("deepspeed", "DeepSpeedCPUAdam", "peers.adam:deepspeed", peer=True),
     Entry("fds-bf16", "fds.optim.adamw, bf16 gradients", "offload_work:adamw", {"grads": "bf16"}),
 )
+STATES = (
+    Entry("fds", "fds.save_state, load_state", "state_work:fds_states"),
+    Entry("torch", "torch.save, torch.load, a file for each rank", "state_work:torch_states"),
+    Entry("deepspeed", "DeepSpeed ZeRO-3, save_checkpoint, load_checkpoint", "peers.deepspeed_zero:states", {"stage": 3}, peer=True),
+)  # fmt: skip
 GROUPS = (
     Group("fp32", "33.7M", "fp32", 2, 1, SHARDED, (PROBE,)),
     Group("bf16", "33.7M", "bf16", 2, 1, SHARDED, (PROBE,)),
     Group("single", "6.5M", "fp32", 1, 2, SINGLE, (PROBE, APPLY)),
     Group("offload", "60M", "fp32", 1, 2, OFFLOAD, (PROBE, Entry("disk", "disk", "offload_work:disk")), "offload"),
     Group("adamw", "60M", "fp32", 1, 2, (), ADAM, "offload"),
+    Group("states", "83.4M", "fp32", 2, 1, (), STATES, "states"),
 )
 
 

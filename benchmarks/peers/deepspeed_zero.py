@@ -1,4 +1,4 @@
-"""DeepSpeed, ZeRO stage 2 or 3, on CPU with gloo.
+"""DeepSpeed, ZeRO stage 1, 2 or 3, on CPU with gloo.
 
 Options: `stage`, `adam` ("cpu", "fused" or "torch"), `zero` (further settings), `recompute`.
 """
@@ -7,13 +7,39 @@ import os
 from typing import Any
 
 import torch
-from common import LEARNING_RATE, Job, llama
+from common import LEARNING_RATE, Job, batch, llama
 from torch import Tensor, nn
 from worker import Built
 
 
 def build(job: Job) -> Built:
-    """An engine with DeepSpeed's defaults for the stage: its bucket sizes, overlap, prefetch and persistence thresholds."""
+    """Train steps."""
+    engine, name = _engine(job)
+
+    def step(ids: Tensor) -> Tensor:
+        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        return loss
+
+    return Built(step, facts={"optimizer": name, "stage": job.options["stage"]})
+
+
+def states(job: Job) -> Built:
+    """`save_checkpoint` and `load_checkpoint`, after a step that made the moments."""
+    from states import measured
+
+    engine, _ = _engine(job)
+    ids = batch(job, 0)
+    engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+    engine.step()
+    return measured(
+        job, "states", lambda: engine.save_checkpoint("states", tag="0"), lambda: engine.load_checkpoint("states")
+    )
+
+
+def _engine(job: Job) -> tuple[Any, str]:
+    """An engine with DeepSpeed's defaults for the stage: its bucket sizes, overlap, prefetch and persistence thresholds. And its optimizer's name."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
     import deepspeed
 
@@ -32,16 +58,7 @@ def build(job: Job) -> Built:
         "zero_force_ds_cpu_optimizer": False,
     }
     optimizer, name = _adam(model, job.options.get("adam", "cpu"))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    del model
-
-    def step(ids: Tensor) -> Tensor:
-        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return Built(step, facts={"optimizer": name, "stage": job.options["stage"]})
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0], name
 
 
 def _adam(model: nn.Module, which: str) -> tuple[torch.optim.Optimizer, str]:
