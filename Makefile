@@ -48,6 +48,7 @@ bench-io: $(VENV)/ready .venv-peers/ready
 	mkdir -p out/io
 	$(BIN)/python benchmarks/io_throughput.py --path out/io --peer-python .venv-peers/bin/python
 	TMPDIR=$(CURDIR)/out/io $(BIN)/python benchmarks/train.py --groups adamw,offload --peer-python .venv-peers/bin/python
+	TMPDIR=$(CURDIR)/out/io $(BIN)/python benchmarks/train.py --groups states --peer-python .venv-peers/bin/python
 	$(BIN)/python benchmarks/report.py
 
 # Operators on this machine's GPU against their floors; shortened, and said so, where there is none. No set-up: a GPU machine has its own torch.
