@@ -346,7 +346,7 @@ def main() -> None:
     partial = args.only or args.size
     (page,) = {g.page for g in groups}
     out: Path = args.out or (Path("out") if partial else HERE / "results") / f"{page}.json"
-    warm_up = 2
+    warm_up, commit = 2, _commit()  # before the results make the clone dirty
     result: dict[str, Any] = {
         "benchmark": page,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -359,7 +359,7 @@ def main() -> None:
     for group in groups:
         found = run_group(group, rounds=rounds, steps=steps, warm_up=warm_up, peer_python=args.peer_python)
         protocol = {"rounds": rounds, "steps": steps, "warm_up": warm_up}
-        result["groups"].append(found | {"protocol": protocol, "commit": _commit()})
+        result["groups"].append(found | {"protocol": protocol, "commit": commit})
         out.write_text(
             json.dumps(result, indent=1) + "\n"
         )  # after each group: hours of measuring outlive a later failure
