@@ -156,7 +156,7 @@ RUNS = {
     "zero1": lambda store: ([], lambda tx: optim.sharded(tx, axis())),
     "replicate": lambda store: ([fds.replicate(axis())], optim.offloaded),
     "offload": lambda store: ([fds.shard(axis()), fds.offload(store)], lambda tx: optim.streamed(tx, store, bucket_bytes=200)),
-    "tensor": lambda store: ([fds.tensor_parallel(two_axes()["tp"], {"*.0": "column", "*.2": "row"}), fds.shard(two_axes()["dp"])], lambda tx: tx),
+    "tensor": lambda store: ([fds.tensor_parallel(two_axes()["tp"], {"blocks.*.0": "column", "blocks.*.2": "row"}), fds.shard(two_axes()["dp"])], lambda tx: tx),
 }  # fmt: skip
 
 
