@@ -13,7 +13,7 @@ from torch import Tensor
 from fds._torch import fused_adamw, fused_sgd, opaque_operator
 
 _DTYPES = (torch.float32, torch.float64)
-_CHUNK = 2**17  # elements: with buffers for a parameter and its gradient, half a cache of 2 MB
+_CHUNK = 2**18  # elements: with buffers for a parameter and its gradient, half of two cores' caches of 2 MB
 
 
 def fits(params: Sequence[Tensor], grads: Sequence[Tensor], *moments: Sequence[Tensor]) -> bool:
@@ -60,16 +60,16 @@ def _update(fused: Callable[..., None], params: list[Tensor], grads: list[Tensor
                     a.copy_(b)
 
 
-def _in_chunks(fused: Callable[..., None], p: Tensor, g: Tensor, *moments: Tensor) -> None:
-    work = (moments or (p,))[0].dtype
-    room = torch.empty(2, min(_CHUNK, len(p)), dtype=work)  # one for all chunks
-    for p, g, *m in zip(*(x.split(_CHUNK) for x in (p, g, *moments)), strict=True):
-        wide, gradient = (
-            x if x.dtype == work else buffer[: len(x)].copy_(x) for x, buffer in zip((p, g), room, strict=True)
-        )
-        fused([wide], [gradient], *([x] for x in m))
-        if wide is not p:
-            p.copy_(wide)
+def _in_chunks(fused: Callable[..., None], param: Tensor, grad: Tensor, *moments: Tensor) -> None:
+    """One leaf of several dtypes, flat."""
+    work = (moments or (param,))[0].dtype
+    room = torch.empty(2, min(_CHUNK, len(param)), dtype=work)  # for a parameter and a gradient, of all chunks
+    for start in range(0, len(param), _CHUNK):
+        p, g, *m = (x[start : start + _CHUNK] for x in (param, grad, *moments))
+        wide = [x if x.dtype == work else buffer[: len(x)].copy_(x) for x, buffer in zip((p, g), room, strict=True)]
+        fused(*([x] for x in (*wide, *m)))
+        if wide[0] is not p:
+            p.copy_(wide[0])
 
 
 adamw = opaque_operator(
