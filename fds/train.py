@@ -15,8 +15,9 @@ from fds.lowering import lowered
 from fds.offload.handles import SQUARE as square_of_handle
 from fds.optim import Optimizer
 from fds.optim.base import chosen, guarded_step
-from fds.program import Axis, Program
+from fds.program import Axis, Program, in_mesh_order
 from fds.randomness import fold
+from fds.transform import Transform
 from fds.tree import Params, Stored
 
 Batch = Mapping[str, Tensor]
@@ -92,7 +93,19 @@ class TrainStep:
     @property
     def data_axes(self) -> tuple[Axis, ...]:
         """The axes over which ranks see different rows: the program's, and that of a sharded optimizer."""
-        return tuple(dict.fromkeys([*self.program.data_axes, *([self.tx.axis] if self.tx.axis is not None else [])]))
+        return in_mesh_order([*self.program.data_axes, *([self.tx.axis] if self.tx.axis is not None else [])])
+
+    @property
+    def reductions(self) -> tuple[Transform, ...]:
+        """The transformations at the end of the chain whose reduction of gradients can wait for the last microbatch: it is linear, and no lens
+        comes after them, so that what they reduce are the gradients of what is stored."""
+        found: list[Transform] = []
+        for t in reversed(self.program.history):
+            if t.reduction is not None:
+                found.append(t)
+            elif t.lens is not None or t.rewrite is not None:
+                break
+        return tuple(found)
 
     def check(self, state: Any, batch: Mapping[str, Any]) -> list[Tensor]:
         """The leaves of `state`. `ValueError` for a state of another program, a donated state, or a batch that does not divide."""
@@ -172,9 +185,11 @@ def train_step(
 def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tuple[TrainState, dict[str, Any]]:
     program, tx = step.program, step.tx
     value, local, updates, aux = _accumulate(step, state, batch)
-    grads = tx.reduce(local)
+    grads = _reduced(step, local)
     old = program.trainable(state.params)
     squares = _squares(step, grads, old)
+    names, by_leaf = _by_leaf(step, local, squares)
+    del local
     norm = squares[1].sum().sqrt()
     ok = torch.isfinite(value) & torch.isfinite(norm)
 
@@ -188,7 +203,6 @@ def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tu
         for s, part in state.params.items()
     }
     state = TrainState(params, optimizer, state.step + 1, state.rng.clone(), state.skipped + ~ok)
-    names, by_leaf = _by_leaf(step, local, squares)
     metrics: dict[str, Any] = {
         "loss": value,
         "grad_norm": norm,
@@ -225,11 +239,31 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
 def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:
     def f(stored: Stored, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Stored]]:
         out: Tensor | tuple[Tensor, dict[str, Tensor]]
-        out, updates = with_updates(step.loss)(step.program, stored, batch)
+        with scoped(deferred=tuple(a for t in step.reductions for a in t.axes)):
+            out, updates = with_updates(step.loss)(step.program, stored, batch)
         value, extra = out if isinstance(out, tuple) else (out, {})
         return value * share, (extra, updates)
 
     return f
+
+
+def _reduced(step: TrainStep, local: Stored) -> Any:
+    """This rank's gradients as the optimizer takes them, reduced over all ranks: one pass, however many microbatches they are the sum of.
+
+    First over the axis of a sharded optimizer, which leaves less to reduce over the others. `local` is taken apart, site by site: the reduced
+    gradients take the place of the others.
+    """
+    if step.tx.axis is not None:
+        grads = step.tx.reduce(local)
+        for t in step.reductions:
+            grads = t.reduction(grads) if t.reduction else grads
+        return grads
+    out: Stored = {}
+    for s in list(local):
+        out[s] = local.pop(s)
+        for t in step.reductions:
+            out[s] = t.reduction(out[s]) if t.reduction else out[s]
+    return step.tx.reduce(out)
 
 
 def _shares(step: TrainStep, parts: Sequence[Batch]) -> list[Tensor | float]:
@@ -270,8 +304,10 @@ def _squares(step: TrainStep, grads: Any, params: Stored) -> tuple[list[str], Te
 
 def _by_leaf(step: TrainStep, local: Stored, squares: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
     """`squares` under the names of leaves: a sharded optimizer has flat buffers, so there the ranks' own gradients are looked at."""
-    axis, leaves = step.tx.axis, tree.named(local)
-    return squares if axis is None else _summed(leaves, dict.fromkeys(leaves, (axis,)))
+    if step.tx.axis is None:
+        return squares
+    leaves, axes = tree.named(local), (step.tx.axis, *(a for t in step.reductions for a in t.axes))
+    return _summed(leaves, dict.fromkeys(leaves, axes))
 
 
 def _summed(leaves: Mapping[str, Tensor], over: Mapping[str, tuple[Axis, ...]], away: Mapping[str, Tensor] | None = None) -> tuple[list[str], Tensor]:  # fmt: skip

@@ -40,6 +40,8 @@ class Transform:
     axes: tuple[Axis, ...] = ()  # data axes that this transformation introduces
     shared: tuple[Axis, ...] = ()  # axes whose ranks compute one call together, of the same rows
     check: Callable[[Program], None] | None = attrs.field(default=None, eq=False)
+    # Of a lens that changes no value: what its backward does to gradients, for who adds up those of many calls first (`Frame.deferred`).
+    reduction: Callable[[Params], Params] | None = attrs.field(default=None, eq=False)
     parts: tuple["Transform", ...] | None = None  # of a chain
 
     def __call__(self, program: Program) -> Program:

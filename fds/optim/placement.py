@@ -32,7 +32,7 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
         return {k: collectives.scatter(flat, axis, reduce="mean") for k, flat in _flat(grads, axis.size).items()}
 
     def own(params: Any) -> dict[str, Tensor]:
-        return {k: flat.view(axis.size, -1)[axis.rank].clone() for k, flat in _flat(params, axis.size).items()}
+        return {k: flat.chunk(axis.size)[axis.rank].clone() for k, flat in _flat(params, axis.size).items()}
 
     def init(params: Any) -> Any:
         return tx.init(own(params))

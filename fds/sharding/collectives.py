@@ -48,7 +48,7 @@ def collective(name: str, buffer: Tensor, group: str) -> Iterator[Any]:
     """
     handle = process_group(group)
     size = buffer.numel() * buffer.element_size()
-    with explained(name), observed(name, size, lambda: dist.get_process_group_ranks(handle), buffer.device):
+    with explained(name), observed(name, size, group, lambda: dist.get_process_group_ranks(handle), buffer.device):
         yield handle
 
 
@@ -86,7 +86,7 @@ def _reduce_scatter(out: Tensor, x: Tensor, n: int, group: Any) -> None:
         torch.add(parts[: out.numel()], parts[out.numel() :], out=out)
     else:
         out.copy_(
-            parts.view(n, -1).sum(
+            parts.view(n, out.numel()).sum(
                 0, dtype=torch.float32 if x.is_floating_point() and x.dtype != torch.float64 else x.dtype
             )
         )

@@ -1,19 +1,24 @@
-"""`shard`: parameters stored as one flat shard per site (ZeRO-3), and `replicate`: stored whole, gradients reduced (data parallel)."""
+"""`shard`: parameters stored as one flat shard per site (ZeRO-3), `replicate`: stored whole, gradients reduced (data parallel), and `zero`: both by stage."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fds.frame import FRAME
 from fds.layout import Boxes, Held, joined
 from fds.program import Lens, same
 from fds.sharding import collectives
 from fds.sharding.mesh import Axis
-from fds.transform import Transform, direct, parameters, through
+from fds.transform import Transform, chain, direct, parameters, through
 from fds.tree import Params
+
+if TYPE_CHECKING:
+    from fds.optim import Optimizer
 
 
 @direct
@@ -22,6 +27,12 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
 
     One flat buffer per site, dtype and trainability, padded to a multiple of n; so one gather per site and call, and one
     reduce-scatter per site in backward. Frozen parameters have a buffer of their own, which no gradient comes back to. Buffers of the module stay whole.
+
+    Over two axes, a shard of a shard: ``chain(shard(local), shard(node))`` gathers over `node` first and then over `local`, so that a rank gets only
+    1/local of the parameters from other nodes. What of that is gathered again in backward says the place of `checkpoint`: before a `shard`,
+    it keeps what that one gathers. ``chain(shard(local), checkpoint(), shard(node))`` keeps the shard of the node (hpZ, the secondary partition
+    of ZeRO++; Wang et al. 2023, arXiv:2306.10209, section 3.2). ``chain(shard(local), replicate(node))`` is HSDP or MiCS (Zhang et al. 2022,
+    arXiv:2205.00119): sharded inside of a node, the same on all of them.
 
     Args:
         axis: a mesh axis, ``mesh["dp"]``; every rank gives its own rows of the batch.
@@ -45,23 +56,100 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
         tuple(options.items()),
         lens=lambda p: _flat_lens(parameters(p), axis, reduce, threshold, p.axes),
         provides=frozenset(["flat", "layout"]),
-        conflicts=frozenset(["flat", "whole"]),
+        conflicts=frozenset(["whole"]),
         axes=(axis,),
     )
 
 
 @direct
 def replicate(axis: Axis, *, reduce: str = "mean") -> Transform:
-    """Keep parameters whole on every rank and reduce their gradients over `axis` in backward (plain data parallelism)."""
+    """Store the same on every rank of `axis`, and reduce the gradients over it in backward (plain data parallelism).
+
+    After `shard` over another axis it is that shard which is the same on every rank, and its gradient that is reduced.
+
+    Where no later transformation changes what is stored, and `reduce` is "mean", a `train_step` reduces once per step instead, after its
+    last microbatch, and one message per site. Else it is in the order of the chain: ``chain(replicate(axis), cast("bfloat16"))`` sends
+    bfloat16, after every microbatch.
+    """
 
     def make(spec: Params) -> Lens | None:
         def get(stored: Params) -> Params:
+            if axis in FRAME.get().deferred:
+                return stored
             return {k: collectives.replicate(v, axis, reduce=reduce) for k, v in stored.items()}
 
         return Lens(same, get, restore=same, layout=same) if spec else None
 
     options: dict[str, Any] = {"axis": axis, "reduce": reduce}
-    return through(make, name="replicate", options=options, provides=["layout"], conflicts=["whole"], axes=(axis,))
+    reduction = partial(_mean_of_whole, axis) if reduce == "mean" else None
+    return through(make, name="replicate", options=options, provides=["layout"], conflicts=["whole"], axes=(axis,), reduction=reduction)  # fmt: skip
+
+
+def _mean_of_whole(axis: Axis, grads: Params) -> Params:
+    """The mean over ranks of gradients of the same tensors: one all-reduce for all of one dtype and device."""
+    if axis.size == 1:
+        return grads
+    groups: dict[Any, list[str]] = {}
+    for name, g in grads.items():
+        groups.setdefault((g.dtype, g.device), []).append(name)
+    out: Params = {}
+    for names in groups.values():
+        flat = torch.cat([grads[n].reshape(-1) for n in names])
+        out |= unflatten(collectives.total(flat, axis, reduce="mean"), {n: grads[n].shape for n in names})
+    return {n: out[n] for n in grads}
+
+
+class Zero(NamedTuple):
+    """A stage of ZeRO: what it does to a program, and what to its optimizer."""
+
+    transform: Transform
+    place: Callable[["Optimizer"], "Optimizer"]
+
+
+def zero(stage: int, axis: Axis, *, replicas: Axis | None = None) -> Zero:
+    """A stage of ZeRO over the ranks of `axis`, as the pair that it is made of: ``transform(program)`` and ``place(tx)``.
+
+    | stage | `transform` | `place` | parameters, gradients, state on a rank |
+    |---|---|---|---|
+    | 0 | `replicate(axis)` | nothing | all, all, all |
+    | 1, 2 | nothing | `optim.sharded(tx, axis)` | all, all until the step's one reduce-scatter, 1/n |
+    | 3 | `shard(axis)` | nothing | 1/n and the sites in use, 1/n, 1/n |
+
+    It is a pair, since stages 1 and 2 belong to the optimizer and the others to the program, and other transformations go before and after.
+
+    Stages 1 and 2 are the same here. A gradient is a value that dies in the update, so there is none to keep in parts; and gradients are reduced
+    once per step, to which every microbatch's belongs, so each rank adds up whole ones until then. To hold 1/n of them, reduce in every
+    microbatch: that is stage 3 without `checkpoint` after it. With one microbatch it sends the same bytes as stage 2.
+
+    Args:
+        stage: 0 to 3.
+        axis: of the mesh: its ranks share the work of holding.
+        replicas: another axis, over whose ranks all this is repeated (HSDP; MiCS at stage 3): gradients are reduced inside of `axis` first,
+            and what is left of them, 1/n from stage 1 on, across `replicas`, once per step if `transform` is the last of the
+            chain that changes what is stored.
+
+    Raises `ValueError` for another stage, or for something else than an axis of a mesh.
+
+    Law: n ranks follow one process on the global batch.
+    Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
+
+    >>> import fds, torch
+    >>> transform, place = zero(3, fds.sharding.mesh(dp=1)["dp"])
+    >>> transform
+    chain(shard(axis=Axis(name='dp', size=1), reduce='mean'))
+    >>> program, params = fds.functionalize(torch.nn.Linear(2, 2))
+    >>> step = fds.train_step(transform(program), place(fds.optim.adamw(1e-3)))
+    """
+    from fds.optim.placement import sharded  # the front of a cycle: it shards by this file
+
+    for a in (axis, *([] if replicas is None else [replicas])):
+        if not isinstance(a, Axis):
+            raise ValueError(f"zero: got {a!r}, required an axis of a mesh, as in zero({stage!r}, mesh['dp'])")
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise ValueError(f"zero: stage={stage!r}, required 0 (nothing), 1 or 2 (optimizer state), or 3 (parameters)")
+    own = {0: replicate(axis), 3: shard(axis)}.get(stage, chain())
+    again = chain() if replicas is None else replicate(replicas)
+    return Zero(chain(own, again), partial(sharded, axis=axis) if stage in (1, 2) else same)
 
 
 def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Mapping[str, tuple[Any, ...]] = {}) -> Lens | None:  # fmt: skip
@@ -72,6 +160,7 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Map
         if leaf.numel() >= threshold:
             over = split.get(name, ())
             key = ".".join(["shard", str(leaf.dtype).removeprefix("torch."), *(a.name for a in over), *([] if leaf.requires_grad else ["frozen"])])  # fmt: skip
+            key = f"{key}.{axis.name}" if key in spec else key  # a shard over an axis of one rank
             groups.setdefault(key, []).append(name)
             axes[key] = (*over, axis) if axis.size > 1 else over
     if not spec:
