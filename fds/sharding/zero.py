@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fds.frame import FRAME
@@ -168,7 +167,7 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Map
     flat = {n for names in groups.values() for n in names}
 
     def put(params: Params) -> Params:
-        shards = {key: _shard_of([params[n] for n in names], axis) for key, names in groups.items()}
+        shards = {key: shard_of([params[n] for n in names], axis) for key, names in groups.items()}
         return {**shards, **{n: params[n] for n in spec if n not in flat}}
 
     def get(stored: Params, reduce: str = reduce) -> Params:
@@ -194,19 +193,23 @@ def shard_boxes(tensors: list[tuple[int, Boxes]], axis: Any) -> Boxes:
     return joined(tensors, axis.rank * size, (axis.rank + 1) * size)
 
 
-def _shard_of(leaves: list[Tensor], axis: Axis) -> Tensor:
-    """This rank's 1/n of the concatenation of `leaves`, a copy. Built from overlapping pieces only, so that the whole never exists."""
-    total = sum(t.numel() for t in leaves)
-    size = -(-total // axis.size)
-    start, pieces, at = axis.rank * size, list[Tensor](), 0
-    for t in leaves:
-        a, b = max(start - at, 0), min(start + size - at, t.numel())
-        if a < b:
-            pieces.append(t.reshape(-1)[a:b])
-        at += t.numel()
-    held = sum(p.numel() for p in pieces)
+def shard_of(leaves: list[Tensor], axis: Any) -> Tensor:
+    """This rank's 1/n of the concatenation of `leaves`, a copy."""
+    size = -(-sum(t.numel() for t in leaves) // axis.size)
     # An empty piece of the first leaf keeps dtype, device and trainability on a rank that holds only padding.
-    return F.pad(torch.cat([*pieces, leaves[0].reshape(-1)[:0]]), (0, size - held))
+    return torch.cat([*pieces(leaves, axis.rank * size, (axis.rank + 1) * size), leaves[0].reshape(-1)[:0]])
+
+
+def pieces(leaves: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Elements start to stop of the concatenation of `leaves`, which is never made: views of those that overlap, and zeros behind the end."""
+    found, at = list[Tensor](), 0
+    for t in leaves:
+        a, b = max(start - at, 0), min(stop - at, t.numel())
+        if a < b:
+            found.append(t.reshape(-1)[a:b])
+        at += t.numel()
+    padding = stop - max(start, at)
+    return [*found, leaves[0].new_zeros(padding)] if padding > 0 else found
 
 
 def unflatten(flat: Tensor, shapes: dict[str, torch.Size]) -> Params:

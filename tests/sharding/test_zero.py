@@ -5,6 +5,7 @@ Four ranks, on two nodes. What the laws' table says of every transformation (tes
 
 import functools
 
+import laws
 import pytest
 import ranks
 import torch
@@ -277,6 +278,61 @@ def inner_gradient():
 def test_gradients_inside_of_a_loss_are_reduced_too():
     want = inner_gradient()
     assert ranks.run(2, inner_gradient) == [pytest.approx(want, rel=1e-5)] * 2
+
+
+# --- buckets ---
+
+
+def in_buckets(bucket_bytes):
+    """Three steps of a sharded optimizer, and how many messages the last one sent to and fro."""
+    dp, *_ = axes()
+    program, params = build()
+    tx = optim.sharded(optim.adamw(0.05), dp, bucket_bytes=bucket_bytes)
+    step = fds.train_step(program, tx, loss=error, seed=3)
+    seen, state, wire = train(step, step.init(params), range(3))
+    return seen, tree.flat(state), (wire.calls["scatter"], wire.calls["gather"], wire.bytes["scatter"])
+
+
+def test_the_size_of_buckets_changes_no_bit():
+    """182 elements on four ranks: shards of 46. A bucket of 64 bytes has four elements of each, one of a byte a single one."""
+    want = ranks.run(4, in_buckets, 2**28)
+    assert [w[2] for w in want] == [(1, 1, 4 * 184)] * 4
+    for nbytes, messages in ((64, 12), (1, 46), (4 * 184, 1), (4 * 184 - 1, 2)):
+        for got, same in zip(ranks.run(4, in_buckets, nbytes), want, strict=True):
+            assert got[0] == same[0] and all(torch.equal(a, b) for a, b in zip(got[1], same[1], strict=True))
+            assert got[2] == (messages, messages, 4 * 184)
+
+
+def held(bucket_bytes):
+    """Bytes that a reduce-scatter needs at most at once, besides the 64 KiB that go in."""
+    dp, *_ = axes()
+    grads = {str(i): torch.ones(32, 32) for i in range(16)}
+    tx = optim.sharded(optim.sgd(0.1), dp, bucket_bytes=bucket_bytes)
+    with laws.Live(grads) as live:
+        tx.reduce(grads)
+    return live.peak - tree.nbytes(grads)
+
+
+def test_a_bucket_bounds_the_copies_for_the_wire():
+    """Shards of 16 KiB, in pieces and joined; and three copies of a message: gloo's thread may hold one a moment longer."""
+    assert all(2**16 <= n for n in ranks.run(4, held, 2**28))
+    assert all(n <= 2 * 2**14 + 3 * 2**10 for n in ranks.run(4, held, 2**10))
+
+
+def end_of_backward(name):
+    """Bytes of the gradients that a rank has when backward is over."""
+    step, params = make(name)
+    x = {"x": rows().chunk(axes()[0].size)[axes()[0].rank]}
+    _, grads = fds.value_and_grad(lambda s, b: error(step.program.eval(), s, b), wrt=step.program)(
+        step.init(params).params, x
+    )
+    return tree.nbytes(step.program.trainable(grads))
+
+
+def test_stage_2_adds_up_whole_gradients_and_stage_3_shards_of_them():
+    whole = 4 * sum(x.numel() for x in build()[1].values())
+    assert ranks.run(4, end_of_backward, "stage 2") == [whole] * 4
+    assert ranks.run(4, end_of_backward, "stage 3") == [4 * (2 * 21 + 5)] * 4  # two blocks of 82 elements, a root of 18
 
 
 # --- empty shards, thresholds ---
