@@ -17,7 +17,7 @@ from fds.optim import Optimizer
 from fds.optim.base import chosen, guarded_step
 from fds.program import Axis, Program, in_mesh_order
 from fds.randomness import fold
-from fds.transform import Transform
+from fds.transform import Split, Transform
 from fds.tree import Params, Stored
 
 Batch = Mapping[str, Tensor]
@@ -48,6 +48,7 @@ class TrainStep:
     microbatches: int
     on_nonfinite: str
     seed: int
+    hold: Axis | None
     region: Callable[..., tuple[list[Tensor], dict[str, Any]]] = attrs.field(init=False, repr=False)
     over: Callable[..., dict[str, Any]] = attrs.field(init=False, repr=False)  # writes the new state over the old
     spec: TrainState = attrs.field(init=False, repr=False)  # the abstract state: meta tensors
@@ -97,13 +98,13 @@ class TrainStep:
 
     @property
     def reductions(self) -> tuple[Transform, ...]:
-        """The transformations at the end of the chain whose reduction of gradients can wait for the last microbatch: it is linear, and no lens
-        comes after them, so that what they reduce are the gradients of what is stored."""
+        """The transformations that the step does its own way, once for all microbatches: no lens comes after them, so that what they gather is
+        what is stored, and what they reduce its gradients. Last one first."""
         found: list[Transform] = []
         for t in reversed(self.program.history):
-            if t.reduction is not None:
+            if t.reduction is not None and (t.hold is None or self.hold in t.axes):
                 found.append(t)
-            elif t.lens is not None or t.rewrite is not None:
+            if t.rewrite is not None or (t.lens is not None and (t.reduction is None or t.hold is not None)):
                 break
         return tuple(found)
 
@@ -143,6 +144,7 @@ def train_step(
     microbatches: int = 1,
     on_nonfinite: str = "skip",
     seed: int = 0,
+    hold: Axis | None = None,
 ) -> TrainStep:
     """A pure train step: ``step.init(params) -> state``, ``step(state, batch) -> (state, metrics)``. Compile it with `fds.compile`.
 
@@ -155,6 +157,8 @@ def train_step(
         on_nonfinite: "skip" a step whose loss or gradient is not finite (counted in ``metrics["skipped"]``, parameters and optimizer
             unchanged), or "raise" `NonFiniteError`.
         seed: of all dropout; masks depend on it, the step, and the row's place in the global batch.
+        hold: the axis of a `shard` that is the last transformation to change what is stored: its gathers and reductions are done once per
+            step, not in every microbatch, for the memory of what it gathers and of its gradients. The loss sees `stored` gathered.
 
     metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
     ``nonfinite`` ({leaf: 0-D bool}), and what the loss added.
@@ -179,7 +183,12 @@ def train_step(
             raise ValueError(
                 f"train_step: the parameters behind {away[0]!r} are in a store, and this optimizer would update their handles; use optim.streamed(tx, store)"
             )
-    return TrainStep(program, tx, loss, microbatches, on_nonfinite, seed)
+    step = TrainStep(program, tx, loss, microbatches, on_nonfinite, seed, hold)
+    if hold is not None and not any(t.hold is not None for t in step.reductions):
+        raise ValueError(
+            f"train_step: hold={hold!r}, required the axis of a shard that no other lens comes after; this program has {list(program.history)}; the order that works: chain(..., shard({hold!r}))"
+        )
+    return step
 
 
 def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tuple[TrainState, dict[str, Any]]:
@@ -222,8 +231,9 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
     shares = _shares(step, parts)
     seed, block = fold(state.rng, state.step), _block(axes)
     value, grads, updates, aux = torch.zeros(()), None, dict[str, Params](), dict[str, Tensor]()
+    held = _held(step, state.params)
     for i, part in enumerate(parts):
-        params = {s: {**leaves, **updates.get(s, {})} for s, leaves in state.params.items()}
+        params = {s: {**leaves, **updates.get(s, {})} for s, leaves in held.items()}
         with scoped(seed=seed, block=block * m + i):
             (v, (extra, new)), g = value_and_grad(_with_aux(step, shares[i]), has_aux=True, wrt=step.program)(
                 params, part
@@ -247,23 +257,31 @@ def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:
     return f
 
 
+def _held(step: TrainStep, stored: Stored) -> Stored:
+    """What the microbatches of a step are called with."""
+    sites = step.program.sites
+    for t in step.reductions:
+        if t.hold is not None:
+            stored = {s: t.hold(sites[s].axes, part) for s, part in stored.items()}
+    return stored
+
+
 def _reduced(step: TrainStep, local: Stored) -> Any:
     """This rank's gradients as the optimizer takes them, reduced over all ranks: one pass, however many microbatches they are the sum of.
 
-    First over the axis of a sharded optimizer, which leaves less to reduce over the others. `local` is taken apart, site by site: the reduced
-    gradients take the place of the others.
+    First over the axis of a sharded optimizer, which leaves less to reduce over the others. Else `local` is taken apart, site by site, so that
+    the reduced gradients take the place of the others.
     """
-    if step.tx.axis is not None:
-        grads = step.tx.reduce(local)
+
+    def reduced(split: Split, grads: Params) -> Params:
         for t in step.reductions:
-            grads = t.reduction(grads) if t.reduction else grads
+            grads = t.reduction(split, grads) if t.reduction is not None else grads
         return grads
-    out: Stored = {}
-    for s in list(local):
-        out[s] = local.pop(s)
-        for t in step.reductions:
-            out[s] = t.reduction(out[s]) if t.reduction else out[s]
-    return step.tx.reduce(out)
+
+    if step.tx.axis is not None:
+        return reduced({}, step.tx.reduce(local))
+    sites = step.program.sites
+    return step.tx.reduce({s: reduced(sites[s].axes, local.pop(s)) for s in list(local)})
 
 
 def _shares(step: TrainStep, parts: Sequence[Batch]) -> list[Tensor | float]:

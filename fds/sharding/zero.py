@@ -13,7 +13,7 @@ from fds.layout import Boxes, Held, joined
 from fds.program import Lens, same
 from fds.sharding import collectives
 from fds.sharding.mesh import Axis
-from fds.transform import Transform, chain, direct, parameters, through
+from fds.transform import Split, Transform, chain, direct, parameters, through
 from fds.tree import Params
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
         provides=frozenset(["flat", "layout"]),
         conflicts=frozenset(["whole"]),
         axes=(axis,),
+        hold=partial(_gathered, axis),
+        reduction=partial(_reduced, axis, reduce),
     )
 
 
@@ -80,22 +82,26 @@ def replicate(axis: Axis, *, reduce: str = "mean") -> Transform:
         return Lens(same, get, restore=same, layout=same) if spec else None
 
     options: dict[str, Any] = {"axis": axis, "reduce": reduce}
-    reduction = partial(_mean_of_whole, axis) if reduce == "mean" else None
+    reduction = partial(_reduced, axis, reduce) if reduce == "mean" else None
     return through(make, name="replicate", options=options, provides=["layout"], conflicts=["whole"], axes=(axis,), reduction=reduction)  # fmt: skip
 
 
-def _mean_of_whole(axis: Axis, grads: Params) -> Params:
-    """The mean over ranks of gradients of the same tensors: one all-reduce for all of one dtype and device."""
-    if axis.size == 1:
-        return grads
+def _gathered(axis: Axis, split: Split, stored: Params) -> Params:
+    """What of a site is split over the axis, gathered."""
+    return {k: collectives.gather(v, axis) if axis in split.get(k, ()) else v for k, v in stored.items()}
+
+
+def _reduced(axis: Axis, reduce: str, split: Split, grads: Params) -> Params:
+    """Gradients reduced over the axis: to this rank's part of what is split over it; of the rest, one all-reduce for all of one dtype and device."""
+    out = {k: collectives.scatter(g, axis, reduce=reduce) if axis in split.get(k, ()) else g for k, g in grads.items()}
     groups: dict[Any, list[str]] = {}
-    for name, g in grads.items():
-        groups.setdefault((g.dtype, g.device), []).append(name)
-    out: Params = {}
+    for k, g in grads.items():
+        if axis not in split.get(k, ()) and axis.size > 1:
+            groups.setdefault((g.dtype, g.device), []).append(k)
     for names in groups.values():
-        flat = torch.cat([grads[n].reshape(-1) for n in names])
-        out |= unflatten(collectives.total(flat, axis, reduce="mean"), {n: grads[n].shape for n in names})
-    return {n: out[n] for n in grads}
+        flat = torch.cat([grads[k].reshape(-1) for k in names])
+        out |= unflatten(collectives.total(flat, axis, reduce=reduce), {k: grads[k].shape for k in names})
+    return out
 
 
 class Zero(NamedTuple):
@@ -170,14 +176,16 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Map
         shards = {key: shard_of([params[n] for n in names], axis) for key, names in groups.items()}
         return {**shards, **{n: params[n] for n in spec if n not in flat}}
 
-    def get(stored: Params, reduce: str = reduce) -> Params:
+    def get(stored: Params) -> Params:
+        held = axis in FRAME.get().deferred  # then the caller has gathered, and will reduce
         out = {
-            n: collectives.replicate(stored[n], axis, reduce=reduce) if spec[n].requires_grad else stored[n]
+            n: stored[n] if held or not spec[n].requires_grad else collectives.replicate(stored[n], axis, reduce=reduce)
             for n in spec
             if n not in flat
         }
         for key, names in groups.items():
-            out |= unflatten(collectives.gather(stored[key], axis, reduce=reduce), {n: spec[n].shape for n in names})
+            whole = stored[key] if held else collectives.gather(stored[key], axis, reduce=reduce)
+            out |= unflatten(whole, {n: spec[n].shape for n in names})
         return {n: out[n] for n in spec}
 
     def layout(held: Held) -> Held:

@@ -77,10 +77,10 @@ def forms(name, dp, local, node):
             transform=fds.chain(fds.shard(local, threshold=8), fds.shard(node, threshold=30), fds.checkpoint())
         ),
         "nothing": keep._replace(transform=fds.chain()),
-    }[name]
+    }[name.removesuffix(", held")]
 
 
-NAMES = ["stage 0", "stage 1", "stage 2", "stage 3", "stage 3 again", "stage 0, replicas", "stage 2, replicas", "stage 3, replicas", "replicas again", "hierarchical", "secondary"]  # fmt: skip
+NAMES = ["stage 0", "stage 1", "stage 2", "stage 3", "stage 3 again", "stage 0, replicas", "stage 2, replicas", "stage 3, replicas", "replicas again", "hierarchical", "secondary", "stage 3, held", "secondary, held"]  # fmt: skip
 LORA = fds.lora(rank=2, targets="*.0.weight")
 
 
@@ -96,9 +96,11 @@ def make(name, lora=False, microbatches=1, module=Net):
     """A train step, and the parameters that it starts from."""
     program, params = build(module)
     transform, place = forms(name, *axes())
+    dp, _, node = axes()
+    hold = {"stage 3, held": dp, "secondary, held": node}.get(name)
     program = fds.chain(*([LORA] if lora else []), transform)(program.train())
     tx = optim.chain(optim.clip_by_global_norm(0.05), optim.adamw(0.05))  # clips: every gradient's norm is larger
-    return fds.train_step(program, place(tx), loss=error, microbatches=microbatches, seed=3), params
+    return fds.train_step(program, place(tx), loss=error, microbatches=microbatches, seed=3, hold=hold), params
 
 
 def train(step, state, which, run=None):
@@ -137,6 +139,7 @@ def up(x, n):
 
 def numbers(name, buffers, leaves):
     """Bytes of the step's metrics on each axis: the loss, squared norms of what is split, and of a sharded optimizer's leaves."""
+    name = name.removesuffix(", held")
     dp, local, node = 0, 0, 0
     if "replicas" in name or name in ("hierarchical", "secondary"):
         local, node = 1, 1
@@ -163,6 +166,7 @@ def closed_form(name, lora, m):
     frozen = {s: sum(x.numel() for x in part if not x.requires_grad) for s, part in leaves.items()}
     whole = sum(train.values())
     dp, local, node = {}, {}, {}
+    own = 1 if "held" in name else m  # of the last shard
 
     def gathers(of, times):
         """Elements of all sites, the blocks so many times."""
@@ -177,8 +181,8 @@ def closed_form(name, lora, m):
         dp = {"total": whole}
     elif name in ("stage 1", "stage 2"):
         dp = {"scatter": four(whole), "gather": four(whole)}
-    elif name in ("stage 3", "stage 3 again"):
-        dp = {"scatter": m * sums(four), "gather": m * gathers(four, 2 if "again" in name else 1)}
+    elif name in ("stage 3", "stage 3 again", "stage 3, held"):
+        dp = {"scatter": own * sums(four), "gather": own * gathers(four, 2 if "again" in name else 1)}
     elif name == "stage 0, replicas":
         local, node = {"total": whole}, {"total": whole}
     elif name == "stage 2, replicas":
@@ -188,7 +192,7 @@ def closed_form(name, lora, m):
         node = {"total": sums(two) // 2}
     else:
         local = {"scatter": m * sums(two), "gather": m * gathers(two, 2)}
-        node = {"scatter": m * sums(again), "gather": m * gathers(again, 2 if name == "hierarchical" else 1)}
+        node = {"scatter": own * sums(again), "gather": own * gathers(again, 2 if name == "hierarchical" else 1)}
     counts = numbers(
         name, sum(bool(x) for x in train.values()), sum(x.requires_grad for p in leaves.values() for x in p)
     )
@@ -209,7 +213,7 @@ def test_training_follows_one_process_and_sends_what_the_closed_form_says(name, 
             assert got[2] == closed_form(name, lora, m)
 
 
-@pytest.mark.parametrize("name", ["stage 2, replicas", "secondary"])
+@pytest.mark.parametrize("name", ["stage 2, replicas", "secondary, held"])
 def test_compiled_steps_send_and_compute_the_same(name):
     for got in ranks.run(4, three_steps, name, True, 2, Net, True):
         follows(got, three_steps("nothing", True))
@@ -422,5 +426,17 @@ def test_one_axis_is_reduced_over_once():
     with pytest.raises(ValueError, match="reduced twice"):
         fds.chain(fds.shard(axis), fds.shard(axis))(build()[0])
     transform, place = zero(1, axis, replicas=axis)
-    with pytest.raises(ValueError, match=r"reduces its gradients already"):
+    with pytest.raises(ValueError, match="reduces its gradients already"):
         fds.train_step(transform(build()[0]), place(optim.sgd(0.1)), loss=F.mse_loss)
+
+
+def test_only_the_last_shard_can_be_held():
+    axis, other = Axis("local", 2, 0), Axis("node", 2, 0)
+    for chain, hold in (
+        ([fds.shard(axis), fds.shard(other)], axis),
+        ([fds.shard(axis), fds.cast("bfloat16")], axis),
+        ([fds.replicate(axis)], axis),
+        ([], axis),
+    ):
+        with pytest.raises(ValueError, match=r"hold=Axis\(name='local'.*the order that works: chain\(\.\.\., shard"):
+            fds.train_step(fds.chain(*chain)(build()[0]), optim.sgd(0.1), loss=error, hold=hold)
