@@ -210,7 +210,8 @@ def shard_of(leaves: list[Tensor], axis: Any) -> Tensor:
 
 def pieces(leaves: list[Tensor], start: int, stop: int) -> list[Tensor]:
     """Elements start to stop of the concatenation of `leaves`, which is never made: views of those that overlap, and zeros behind the end."""
-    found, at = list[Tensor](), 0
+    found: list[Tensor] = []  # not list[Tensor](): Dynamo cannot call that
+    at = 0
     for t in leaves:
         a, b = max(start - at, 0), min(stop - at, t.numel())
         if a < b:
