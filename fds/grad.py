@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fds import tree
 from fds.compiling import traced
+from fds.frame import scoped
 from fds.program import Program
 
 _HOOKS = "the module checkpoints inside itself (saved-tensor hooks), which recomputes with the wrong weights in a pure function; turn that off and use fds.checkpoint()"
@@ -38,7 +39,8 @@ def value_and_grad(
         flat, spec = pytree.tree_flatten(stored)
         wanted = _wanted(flat, None if program is None else tree.flat(_in_order(program.spec, stored)))
         leaves = [t.detach().requires_grad_() if w else t for t, w in zip(flat, wanted, strict=True)]
-        with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
+        # Nobody but the caller of `f` reduces these gradients: a caller further out has deferred its own (`Frame.deferred`).
+        with scoped(deferred=()), torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
             out = f(pytree.tree_unflatten(leaves, spec), *args, **kwargs)
             value = out[0] if has_aux else out
             _check_scalar(value)

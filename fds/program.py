@@ -53,6 +53,8 @@ class Axis(Protocol):
     def size(self) -> int: ...
     @property
     def rank(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
     def sum(self, x: Tensor) -> Tensor: ...
 
 
@@ -106,7 +108,7 @@ class Program:
     axes: Mapping[str, tuple[Axis, ...]] = {}  # of one site: the axes over which a stored leaf is split
     handles: Mapping[str, Any] = {}  # of one site: stored leaves that stand for tensors in a store -> where those are
     layout: Layout | None = None  # of one site: what its stored leaves hold; None: each itself
-    data_axes: tuple[Axis, ...] = ()  # the axes over which ranks see different rows of the batch
+    data_axes: tuple[Axis, ...] = ()  # the axes over which ranks see different rows of the batch, in the mesh's order
     stack: tuple["Transform", ...] = ()  # of one site: the transforms that changed its representation
     tol: float = 0.0
     order: tuple[str, ...] = ()  # the logical leaves, in the module's order
@@ -220,13 +222,14 @@ def assemble(
     owned = {s: list(p.origin.spec) for s, p in sites.items()}
     logical = list(like.order)
     return attrs.evolve(
-        like, spec=spec, place=place, apply=apply, restore=restore, sites=dict(sites), history=history, data_axes=_distinct(data_axes),
+        like, spec=spec, place=place, apply=apply, restore=restore, sites=dict(sites), history=history, data_axes=in_mesh_order(data_axes),
         tol=max(p.tol for p in sites.values()), inner=like if history else None, peel=peel, push=push,
     )  # fmt: skip
 
 
-def _distinct(axes: Iterable[Axis]) -> tuple[Axis, ...]:
-    return tuple(dict.fromkeys(axes))
+def in_mesh_order(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """Axes, each once, in the order in which the mesh counts its ranks: so do the rows of the global batch, whatever a chain names first."""
+    return tuple(sorted(dict.fromkeys(axes), key=lambda a: -a.stride))
 
 
 def _check_names(params: Mapping[str, Tensor], logical: list[str]) -> None:

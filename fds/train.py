@@ -15,8 +15,9 @@ from fds.lowering import lowered
 from fds.offload.handles import SQUARE as square_of_handle
 from fds.optim import Optimizer
 from fds.optim.base import chosen, guarded_step
-from fds.program import Axis, Program
+from fds.program import Axis, Program, in_mesh_order
 from fds.randomness import fold
+from fds.transform import Split, Transform
 from fds.tree import Params, Stored
 
 Batch = Mapping[str, Tensor]
@@ -47,6 +48,7 @@ class TrainStep:
     microbatches: int
     on_nonfinite: str
     seed: int
+    hold: Axis | None
     region: Callable[..., tuple[list[Tensor], dict[str, Any]]] = attrs.field(init=False, repr=False)
     over: Callable[..., dict[str, Any]] = attrs.field(init=False, repr=False)  # writes the new state over the old
     spec: TrainState = attrs.field(init=False, repr=False)  # the abstract state: meta tensors
@@ -92,7 +94,19 @@ class TrainStep:
     @property
     def data_axes(self) -> tuple[Axis, ...]:
         """The axes over which ranks see different rows: the program's, and that of a sharded optimizer."""
-        return tuple(dict.fromkeys([*self.program.data_axes, *([self.tx.axis] if self.tx.axis is not None else [])]))
+        return in_mesh_order([*self.program.data_axes, *([self.tx.axis] if self.tx.axis is not None else [])])
+
+    @property
+    def reductions(self) -> tuple[Transform, ...]:
+        """The transformations that the step does its own way, once for all microbatches: no lens comes after them, so that what they gather is
+        what is stored, and what they reduce its gradients. Last one first."""
+        found: list[Transform] = []
+        for t in reversed(self.program.history):
+            if t.reduction is not None and (t.hold is None or self.hold in t.axes):
+                found.append(t)
+            if t.rewrite is not None or (t.lens is not None and (t.reduction is None or t.hold is not None)):
+                break
+        return tuple(found)
 
     def check(self, state: Any, batch: Mapping[str, Any]) -> list[Tensor]:
         """The leaves of `state`. `ValueError` for a state of another program, a donated state, or a batch that does not divide."""
@@ -130,6 +144,7 @@ def train_step(
     microbatches: int = 1,
     on_nonfinite: str = "skip",
     seed: int = 0,
+    hold: Axis | None = None,
 ) -> TrainStep:
     """A pure train step: ``step.init(params) -> state``, ``step(state, batch) -> (state, metrics)``. Compile it with `fds.compile`.
 
@@ -142,6 +157,8 @@ def train_step(
         on_nonfinite: "skip" a step whose loss or gradient is not finite (counted in ``metrics["skipped"]``, parameters and optimizer
             unchanged), or "raise" `NonFiniteError`.
         seed: of all dropout; masks depend on it, the step, and the row's place in the global batch.
+        hold: the axis of a `shard` that is the last transformation to change what is stored: its gathers and reductions are done once per
+            step, not in every microbatch, for the memory of what it gathers and of its gradients. The loss sees `stored` gathered.
 
     metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
     ``nonfinite`` ({leaf: 0-D bool}), and what the loss added.
@@ -166,15 +183,22 @@ def train_step(
             raise ValueError(
                 f"train_step: the parameters behind {away[0]!r} are in a store, and this optimizer would update their handles; use optim.streamed(tx, store)"
             )
-    return TrainStep(program, tx, loss, microbatches, on_nonfinite, seed)
+    step = TrainStep(program, tx, loss, microbatches, on_nonfinite, seed, hold)
+    if hold is not None and not any(t.hold is not None for t in step.reductions):
+        raise ValueError(
+            f"train_step: hold={hold!r}, required the axis of a shard that no other lens comes after; this program has {list(program.history)}; the order that works: chain(..., shard({hold!r}))"
+        )
+    return step
 
 
 def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tuple[TrainState, dict[str, Any]]:
     program, tx = step.program, step.tx
     value, local, updates, aux = _accumulate(step, state, batch)
-    grads = tx.reduce(local)
+    grads = _reduced(step, local)
     old = program.trainable(state.params)
     squares = _squares(step, grads, old)
+    names, by_leaf = _by_leaf(step, local, squares)
+    del local
     norm = squares[1].sum().sqrt()
     ok = torch.isfinite(value) & torch.isfinite(norm)
 
@@ -188,7 +212,6 @@ def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tu
         for s, part in state.params.items()
     }
     state = TrainState(params, optimizer, state.step + 1, state.rng.clone(), state.skipped + ~ok)
-    names, by_leaf = _by_leaf(step, local, squares)
     metrics: dict[str, Any] = {
         "loss": value,
         "grad_norm": norm,
@@ -208,8 +231,9 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
     shares = _shares(step, parts)
     seed, block = fold(state.rng, state.step), _block(axes)
     value, grads, updates, aux = torch.zeros(()), None, dict[str, Params](), dict[str, Tensor]()
+    held = _held(step, state.params)
     for i, part in enumerate(parts):
-        params = {s: {**leaves, **updates.get(s, {})} for s, leaves in state.params.items()}
+        params = {s: {**leaves, **updates.get(s, {})} for s, leaves in held.items()}
         with scoped(seed=seed, block=block * m + i):
             (v, (extra, new)), g = value_and_grad(_with_aux(step, shares[i]), has_aux=True, wrt=step.program)(
                 params, part
@@ -225,11 +249,39 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
 def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:
     def f(stored: Stored, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Stored]]:
         out: Tensor | tuple[Tensor, dict[str, Tensor]]
-        out, updates = with_updates(step.loss)(step.program, stored, batch)
+        with scoped(deferred=tuple(a for t in step.reductions for a in t.axes)):
+            out, updates = with_updates(step.loss)(step.program, stored, batch)
         value, extra = out if isinstance(out, tuple) else (out, {})
         return value * share, (extra, updates)
 
     return f
+
+
+def _held(step: TrainStep, stored: Stored) -> Stored:
+    """What the microbatches of a step are called with."""
+    sites = step.program.sites
+    for t in step.reductions:
+        if t.hold is not None:
+            stored = {s: t.hold(sites[s].axes, part) for s, part in stored.items()}
+    return stored
+
+
+def _reduced(step: TrainStep, local: Stored) -> Any:
+    """This rank's gradients as the optimizer takes them, reduced over all ranks: one pass, however many microbatches they are the sum of.
+
+    First over the axis of a sharded optimizer, which leaves less to reduce over the others. Else `local` is taken apart, site by site, so that
+    the reduced gradients take the place of the others.
+    """
+
+    def reduced(split: Split, grads: Params) -> Params:
+        for t in step.reductions:
+            grads = t.reduction(split, grads) if t.reduction is not None else grads
+        return grads
+
+    if step.tx.axis is not None:
+        return reduced({}, step.tx.reduce(local))
+    sites = step.program.sites
+    return step.tx.reduce({s: reduced(sites[s].axes, local.pop(s)) for s in list(local)})
 
 
 def _shares(step: TrainStep, parts: Sequence[Batch]) -> list[Tensor | float]:
@@ -270,8 +322,10 @@ def _squares(step: TrainStep, grads: Any, params: Stored) -> tuple[list[str], Te
 
 def _by_leaf(step: TrainStep, local: Stored, squares: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
     """`squares` under the names of leaves: a sharded optimizer has flat buffers, so there the ranks' own gradients are looked at."""
-    axis, leaves = step.tx.axis, tree.named(local)
-    return squares if axis is None else _summed(leaves, dict.fromkeys(leaves, (axis,)))
+    if step.tx.axis is None:
+        return squares
+    leaves, axes = tree.named(local), (step.tx.axis, *(a for t in step.reductions for a in t.axes))
+    return _summed(leaves, dict.fromkeys(leaves, axes))
 
 
 def _summed(leaves: Mapping[str, Tensor], over: Mapping[str, tuple[Axis, ...]], away: Mapping[str, Tensor] | None = None) -> tuple[list[str], Tensor]:  # fmt: skip

@@ -18,6 +18,7 @@ from fds.program import Axis, Lens, Program, assemble, check_stored, same
 from fds.tree import Params, Stored
 
 P = ParamSpec("P")
+Split = Mapping[str, tuple[Axis, ...]]  # of one site, by leaf: the axes over whose ranks it is split
 
 
 @attrs.frozen(repr=False)
@@ -40,6 +41,13 @@ class Transform:
     axes: tuple[Axis, ...] = ()  # data axes that this transformation introduces
     shared: tuple[Axis, ...] = ()  # axes whose ranks compute one call together, of the same rows
     check: Callable[[Program], None] | None = attrs.field(default=None, eq=False)
+    # What a lens over `axes` does, for who does it in its place, once for many calls (`Frame.deferred`). Both get which leaves of a site are split.
+    hold: Callable[[Split, Params], Params] | None = attrs.field(
+        default=None, eq=False
+    )  # its `get`, but for names and shapes; None: nothing
+    reduction: Callable[[Split, Params], Params] | None = attrs.field(
+        default=None, eq=False
+    )  # the transpose of that, on gradients
     parts: tuple["Transform", ...] | None = None  # of a chain
 
     def __call__(self, program: Program) -> Program:

@@ -3,23 +3,26 @@
 Every function here runs on one rank of `world`; `test_laws.py` calls it directly for one process and through `ranks.run` for several.
 """
 
+import functools
 import gc
 import math
 
 import torch
 import torch.distributed as dist
 import zoo
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from live import Live
 
 import fds
 
 HOST = fds.HostStore()
 
 
-def table(axis, targets="*.q_proj", tensor=None):
-    """Name -> transformation. `axis` is the data axis, `tensor` that of tensor parallelism, `targets` a linear layer of the family."""
-    tensor = tensor or fds.sharding.Axis("tp", 1, 0)
+def table(axis, targets="*.q_proj", tensor=None, node=None):
+    """Name -> transformation. `axis` is the data axis, `tensor` that of tensor parallelism, `targets` a linear layer of the family.
+
+    `node` is a second data axis, for names that end in "nodes".
+    """
+    tensor, node = tensor or fds.sharding.Axis("tp", 1, 0), node or fds.sharding.Axis("node", 1, 0)
     return {
         "nothing": fds.chain(),
         "shard": fds.shard(axis),
@@ -40,21 +43,41 @@ def table(axis, targets="*.q_proj", tensor=None):
         "at": fds.at("*.0", fds.checkpoint()),
         "tensor": fds.tensor_parallel(tensor),
         "tensor, shard, checkpoint": fds.chain(fds.tensor_parallel(tensor), fds.shard(axis), fds.checkpoint()),
+        "shard, checkpoint, replicas, nodes": fds.chain(fds.shard(axis), fds.checkpoint(), fds.replicate(node)),
+        "shard, shard, checkpoint, nodes": fds.chain(fds.shard(axis), fds.shard(node), fds.checkpoint()),
+        "shard, checkpoint, shard, nodes": fds.chain(fds.shard(axis), fds.checkpoint(), fds.shard(node)),
     }
 
 
-EXACT = ("nothing", "shard", "shard small whole", "replicate", "checkpoint", "checkpoint matmul", "shard, checkpoint", "checkpoint, shard", "offload", "offload, shard, checkpoint", "store", "shard, store, checkpoint", "at")  # fmt: skip
+NODES = (
+    "shard, checkpoint, replicas, nodes",
+    "shard, shard, checkpoint, nodes",
+    "shard, checkpoint, shard, nodes",
+)  # HSDP or MiCS; the hierarchical gather; hpZ
+EXACT = ("nothing", "shard", "shard small whole", "replicate", "checkpoint", "checkpoint matmul", "shard, checkpoint", "checkpoint, shard", "offload", "offload, shard, checkpoint", "store", "shard, store, checkpoint", "at", *NODES)  # fmt: skip
+
+
+@functools.cache
+def nodes():
+    """A mesh of two nodes; of one node on one rank."""
+    return fds.sharding.mesh(node=min(fds.sharding.mesh(dp=-1).size, 2), local=-1)
 
 
 def setting(family, name, *, training=False):
-    """This rank's program, parameters and rows, and the global rows. With tensor parallelism two ranks, or all of them, share their rows."""
+    """This rank's program, parameters and rows, the global rows, and an axis of all ranks with rows of their own.
+
+    With tensor parallelism two ranks, or all of them, share their rows.
+    """
     world = fds.sharding.mesh(dp=-1).size
     mesh = fds.sharding.mesh(dp=-1, tp=1 if "tensor" not in name else min(world, 2) if "shard" in name else world)
     axis = mesh["dp"]
     program, params = fds.functionalize(zoo.build(family, training=training))
     rows = zoo.batch(family)
     mine = {k: v.chunk(axis.size)[axis.rank] for k, v in rows.items()}
-    return table(axis, zoo.FAMILIES[family][1], mesh["tp"])[name](program), params, mine, rows, axis
+    targets = zoo.FAMILIES[family][1]
+    if name in NODES:
+        return table(nodes()["local"], targets, node=nodes()["node"])[name](program), params, mine, rows, axis
+    return table(axis, targets, mesh["tp"])[name](program), params, mine, rows, axis
 
 
 def mean(x, axis):
@@ -149,12 +172,10 @@ def differentiate(program, how):
     return torch.compile(fds.value_and_grad(f), fullgraph=True, backend="aot_eager" if how == "traced" else "inductor")
 
 
-def adapters(family, how="eager"):
+def adapters(family, how="eager", name="shard, checkpoint"):
     """Law 3 for LoRA: gradients of A and B against the plain formula, dW chained through W + s B A."""
-    axis = fds.sharding.mesh(dp=-1)["dp"]
-    base, params = fds.functionalize(zoo.build(family))
-    rows = zoo.batch(family)
-    mine = {k: v.chunk(axis.size)[axis.rank] for k, v in rows.items()}
+    outer, params, mine, rows, _ = setting(family, name)
+    base = outer.origin
     lora = fds.lora(rank=2, alpha=6, targets=zoo.FAMILIES[family][1])
     plain = lora(base)
     inner = plain.place(params)
@@ -165,10 +186,8 @@ def adapters(family, how="eager"):
     _, want = fds.value_and_grad(lambda s, b: zoo.loss_of(base(_fused_by_hand(inner, s, plain), **b)))(
         _adapters(inner), rows
     )
-    program = fds.chain(fds.shard(axis), fds.checkpoint())(plain)
-    stored = {
-        s: _through(p, plain.sites[s], inner[s], axis) for s, p in program.sites.items()
-    }  # the same B through `shard`
+    program = fds.chain(*outer.history)(plain)
+    stored = program.after(plain, inner)  # the same B through `shard`
     _, grads = differentiate(program, how)(stored, mine)
     _, back = program.before("lora", grads)
     got = {k: v for part in back.values() for k, v in part.items() if "lora_" in k}
@@ -194,13 +213,6 @@ def _fused_by_hand(inner, adapters, plain):
     return out
 
 
-def _through(program, plain, leaves, axis):
-    """`leaves` of the adapted site, through the same shard lens as the program's."""
-    buffers = {k: v for k, v in leaves.items() if k in program.marks["buffer"]}
-    flat = fds.sharding.zero._flat_lens(fds.transform.parameters(plain), axis, "mean", 0)
-    return {**(flat.put({k: v for k, v in leaves.items() if k not in buffers}) if flat else {}), **buffers}
-
-
 def traffic(family, name, gathers, how="eager"):
     """Law 8: bytes on the wire are the closed form: every site `gathers` times, the root once, and each gradient once."""
     program, params, mine, _, axis = setting(family, name)
@@ -219,27 +231,6 @@ def traffic(family, name, gathers, how="eager"):
     return wire.calls
 
 
-class Live(TorchDispatchMode):
-    """The largest number of bytes in storages that are alive at once: those of `tensors` and those that operators return."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.peak, self.alive = 0, {}
-        self.see(tensors)
-
-    def see(self, tree):
-        for t in fds.tree.leaves(tree):
-            if isinstance(t, torch.Tensor):
-                self.alive.setdefault(StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes())
-        self.alive = {r: n for r, n in self.alive.items() if not r.expired()}
-        self.peak = max(self.peak, sum(self.alive.values()))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.see(out)
-        return out
-
-
 WIDTH, ROWS = 64, 2
 
 
@@ -255,6 +246,7 @@ def memory(blocks, name):
         "shard": fds.shard(axis),
         "shard, checkpoint": fds.chain(fds.shard(axis), fds.checkpoint()),
         "checkpoint, shard": fds.chain(fds.checkpoint(), fds.shard(axis)),
+        **{k: v for k, v in table(nodes()["local"], node=nodes()["node"]).items() if k in NODES},
     }[name](base)
     stored, x = program.place(params), torch.ones(ROWS, WIDTH)
     del params, module
@@ -262,10 +254,12 @@ def memory(blocks, name):
     with Live((stored, x)) as live:
         run(stored, x)
     shard = fds.tree.nbytes(stored) // blocks
-    site, activation = shard * axis.size, x.nbytes
-    kept = (
-        site - shard if name == "shard" or name == "checkpoint, shard" else 0
-    )  # gathered weights, less the gradients that replace them
+    site, activation = WIDTH * (WIDTH + 1) * 4, x.nbytes
+    kept = {  # gathered weights, less the gradients that replace them
+        "shard": site - shard,
+        "checkpoint, shard": site - shard,
+        "shard, checkpoint, shard, nodes": site // nodes()["local"].size - shard,
+    }.get(name, 0)
     allowed = 2 * blocks * shard + 4 * site + blocks * (kept + activation)
     assert blocks * (2 * shard + kept) < live.peak <= allowed, (live.peak, allowed)
 

@@ -102,6 +102,10 @@ def test_four_ranks(family):
     ranks.run(4, laws.round_trip, family, "tensor, shard, checkpoint")
     ranks.run(4, laws.gradient, family, "tensor, shard, checkpoint")
     ranks.run(4, laws.gradient, family, "tensor")
+    for name in laws.NODES:
+        ranks.run(4, laws.round_trip, family, name)
+        ranks.run(4, laws.meaning, family, name)
+        ranks.run(4, laws.gradient, family, name)
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "t5"])
@@ -113,6 +117,11 @@ def test_two_ranks_func_and_traced(family):
 def test_two_ranks_adapters():
     ranks.run(2, laws.adapters, "llama")
     ranks.run(2, laws.adapters, "llama", "traced")
+
+
+@pytest.mark.parametrize("name", laws.NODES)
+def test_four_ranks_adapters(name):
+    ranks.run(4, laws.adapters, "llama", "eager", name)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +143,12 @@ def test_traffic_in_a_graph():
 def test_memory_of_a_gradient(name):
     for blocks in (4, 24):
         ranks.run(2, laws.memory, blocks, name)
+
+
+@pytest.mark.parametrize("name", laws.NODES)
+def test_memory_of_a_gradient_on_two_nodes(name):
+    """Law 7; hpZ keeps a node's shard, half a site here, from forward to backward, the others nothing."""
+    ranks.run(4, laws.memory, 24, name)
 
 
 def follows(got, want, tolerance):

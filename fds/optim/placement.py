@@ -4,35 +4,40 @@ from typing import Any
 
 import optree
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fds import tree
 from fds.layout import Part
 from fds.optim.base import Axis, Member, Norm, Optimizer, check_like
 from fds.sharding import collectives
-from fds.sharding.zero import shard_boxes
+from fds.sharding.zero import pieces, shard_boxes, shard_of
 
 
-def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
+def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**28) -> Optimizer:
     """Keep 1/n of the state on each of the n ranks, for parameters that every rank holds whole (ZeRO-1; with the reduced gradients, ZeRO-2).
 
     Gradients come in local to the rank (of its own mean loss) and are reduce-scattered to their mean, one flat shard per dtype; the rank
     updates its shard, and the updates are gathered. Traffic: 2 x parameters per step.
     Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 
+    `bucket_bytes`: of a message, and so of the copy of gradients or updates that a step makes for the wire.
+
+    Law: the size of buckets changes no bit. What a rank holds does not depend on it.
+
     Raises `ValueError` for a `tx` that is sharded already, and for gradients that did not go through `reduce`.
     """
+    if bucket_bytes < 1:
+        raise ValueError(f"sharded: bucket_bytes={bucket_bytes!r}, required a number of bytes >= 1")
     if tx.axis is not None:
         raise ValueError(
             "sharded: the optimizer inside is sharded already; shard it once, outermost: sharded(tx, axis)"
         )
 
     def reduce(grads: Any) -> dict[str, Tensor]:
-        return {k: collectives.scatter(flat, axis, reduce="mean") for k, flat in _flat(grads, axis.size).items()}
+        return {k: _scattered(leaves, axis, bucket_bytes) for k, leaves in _by_dtype(grads).items()}
 
     def own(params: Any) -> dict[str, Tensor]:
-        return {k: flat.view(axis.size, -1)[axis.rank].clone() for k, flat in _flat(params, axis.size).items()}
+        return {k: shard_of(leaves, axis) for k, leaves in _by_dtype(params).items()}
 
     def init(params: Any) -> Any:
         return tx.init(own(params))
@@ -44,7 +49,7 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
         mine = own(params)
         _check_shards(grads, mine)
         updates, state = tx.update(grads, state, mine, norm=norm)
-        gathered = {k: collectives.gather(u.to(mine[k].dtype), axis) for k, u in updates.items()}
+        gathered = {k: _gathered(u.to(mine[k].dtype), axis, bucket_bytes) for k, u in updates.items()}
         return _unflat(gathered, params), state
 
     def step(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any] | None:  # fmt: skip
@@ -53,7 +58,7 @@ def sharded(tx: Optimizer, axis: Axis) -> Optimizer:
         done = None if tx.step is None else tx.step(grads, state, mine, norm=norm, ok=ok, donated=donated)
         if done is None:
             return None
-        return _unflat({k: collectives.gather(v, axis) for k, v in done[0].items()}, params), done[1]
+        return _unflat({k: _gathered(v, axis, bucket_bytes) for k, v in done[0].items()}, params), done[1]
 
     def members(params: Any) -> list[Member]:
         parts: list[Part] = optree.tree_leaves(params)
@@ -88,11 +93,36 @@ def _groups(params: Any) -> dict[str, list[int]]:
     return groups
 
 
-def _flat(params: Any, n: int) -> dict[str, Tensor]:
-    """One vector per dtype, padded to a multiple of n."""
+def _by_dtype(params: Any) -> dict[str, list[Tensor]]:
     leaves = optree.tree_leaves(params)
-    joined = {k: torch.cat([leaves[i].reshape(-1) for i in where]) for k, where in _groups(params).items()}
-    return {k: F.pad(v, (0, -v.numel() % n)) for k, v in joined.items()}
+    return {k: [leaves[i] for i in where] for k, where in _groups(params).items()}
+
+
+def _buckets(size: int, itemsize: int, axis: Axis, bucket_bytes: int) -> list[tuple[int, int]]:
+    """From which to which element of every rank's shard a message has, for all messages."""
+    width = max(bucket_bytes // (itemsize * axis.size), 1)
+    return [(a, min(a + width, size)) for a in range(0, size, width)]
+
+
+def _scattered(leaves: list[Tensor], axis: Axis, bucket_bytes: int) -> Tensor:
+    """This rank's 1/n of the mean over ranks of the concatenation of `leaves`. Their whole concatenation never exists."""
+    size = -(-sum(t.numel() for t in leaves) // axis.size)
+    parts = [leaves[0].new_empty(0)]
+    for a, b in _buckets(size, leaves[0].element_size(), axis, bucket_bytes):
+        message = torch.cat([p for r in range(axis.size) for p in pieces(leaves, r * size + a, r * size + b)])
+        parts.append(collectives.scatter(message, axis, reduce="mean"))
+    return parts[-1] if len(parts) < 3 else torch.cat(parts)
+
+
+def _gathered(shard: Tensor, axis: Axis, bucket_bytes: int) -> Tensor:
+    """The concatenation of the ranks' shards."""
+    buckets = _buckets(shard.numel(), shard.element_size(), axis, bucket_bytes)
+    if len(buckets) == 1:
+        return collectives.gather(shard, axis)
+    out = shard.new_empty(axis.size, shard.numel())
+    for a, b in buckets:
+        out[:, a:b] = collectives.gather(shard[a:b], axis).view(axis.size, -1)
+    return out.view(-1)
 
 
 def _unflat(flat: dict[str, Tensor], params: Any) -> Any:

@@ -7,7 +7,7 @@ from fds.sharding.liveness import RankError
 from fds.sharding.mesh import Axis, Mesh, mesh
 from fds.sharding.plans import STYLES, Plan, plan_of
 from fds.sharding.tensor import tensor_parallel
-from fds.sharding.zero import replicate, shard
+from fds.sharding.zero import Zero, replicate, shard, zero
 
 __all__ = [
     "STYLES",
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "RankError",
     "Traffic",
+    "Zero",
     "init_distributed",
     "launch",
     "mesh",
@@ -27,4 +28,5 @@ __all__ = [
     "replicate",
     "shard",
     "tensor_parallel",
+    "zero",
 ]

@@ -48,7 +48,7 @@ def collective(name: str, buffer: Tensor, group: str) -> Iterator[Any]:
     """
     handle = process_group(group)
     size = buffer.numel() * buffer.element_size()
-    with explained(name), observed(name, size, lambda: dist.get_process_group_ranks(handle), buffer.device):
+    with explained(name), observed(name, size, group, lambda: dist.get_process_group_ranks(handle), buffer.device):
         yield handle
 
 
@@ -206,6 +206,11 @@ def _is_mean(reduce: str) -> bool:
     return reduce == "mean"
 
 
+def _silent(x: Tensor, axis: _Axis) -> bool:
+    """Whether there is nobody to talk to, or nothing to say (a shard of leaves without elements)."""
+    return axis.size == 1 or x.numel() == 0
+
+
 def gather(x: Tensor, axis: _Axis, *, reduce: str = "mean") -> Tensor:
     """Concatenate the ranks' vectors: [m] -> [n*m]. Its gradient is `scatter` with the same `reduce`.
 
@@ -213,25 +218,25 @@ def gather(x: Tensor, axis: _Axis, *, reduce: str = "mean") -> Tensor:
     the gradient of the mean over all rows.
     """
     mean = _is_mean(reduce)
-    return x if axis.size == 1 else gather_op(x, axis.size, axis.group, mean)
+    return x if _silent(x, axis) else gather_op(x, axis.size, axis.group, mean)
 
 
 def scatter(x: Tensor, axis: _Axis, *, reduce: str = "mean") -> Tensor:
     """Reduce over ranks and keep this rank's part: [n*m] -> [m] (reduce-scatter). Its gradient is `gather`, divided by n for "mean"."""
     mean = _is_mean(reduce)
-    return x if axis.size == 1 else scatter_op(x, axis.size, axis.group, mean)
+    return x if _silent(x, axis) else scatter_op(x, axis.size, axis.group, mean)
 
 
 def replicate(x: Tensor, axis: _Axis, *, reduce: str = "mean") -> Tensor:
     """`x` itself, which every rank holds whole; its gradient is reduced over the axis (data parallelism)."""
     mean = _is_mean(reduce)
-    return x if axis.size == 1 else replicate_op(x, axis.size, axis.group, mean)
+    return x if _silent(x, axis) else replicate_op(x, axis.size, axis.group, mean)
 
 
 def total(x: Tensor, axis: _Axis, *, reduce: str = "sum") -> Tensor:
     """The reduction of `x` over the axis, on every rank (all-reduce; low precision is summed in float32)."""
     mean = _is_mean(reduce)
-    return x if axis.size == 1 else total_op(x, axis.size, axis.group, mean)
+    return x if _silent(x, axis) else total_op(x, axis.size, axis.group, mean)
 
 
 def fan_out(x: Tensor, axis: _Axis) -> Tensor:

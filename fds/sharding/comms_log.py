@@ -60,6 +60,11 @@ class Traffic:
 
     calls: dict[str, int] = attrs.Factory(dict)
     bytes: dict[str, int] = attrs.Factory(dict)
+    groups: dict[str, dict[str, int]] = attrs.Factory(dict)  # bytes, by the name of the process group
+
+    def on(self, axis: Any) -> dict[str, int]:
+        """Bytes by operator on one axis of a mesh."""
+        return self.groups.get(axis.group, {})
 
     @property
     def total(self) -> int:
@@ -90,14 +95,16 @@ def record() -> Iterator[Traffic]:
 
 
 @contextlib.contextmanager
-def observed(name: str, nbytes: int, ranks: Callable[[], Sequence[int]], device: torch.device) -> Iterator[None]:
+def observed(name: str, nbytes: int, group: str, ranks: Callable[[], Sequence[int]], device: torch.device) -> Iterator[None]:  # fmt: skip
     """Count the collective `name` of a buffer of `nbytes` that runs inside of the block, and time it if a logger asks for it.
 
-    `ranks` gives the ranks of the collective's group; it is asked only for a logger.
+    `group` is the name of its process group; `ranks` gives the ranks of that, and is asked only for a logger.
     """
     for t in _RECORDERS:
         t.calls[name] = t.calls.get(name, 0) + 1
         t.bytes[name] = t.bytes.get(name, 0) + nbytes
+        own = t.groups.setdefault(group, {})
+        own[name] = own.get(name, 0) + nbytes
     op = _OPERATORS.get(name, name)
     loggers = [log for log in _LOGGERS if log.wants(op)]
     # Events of a capture have no times.

@@ -24,6 +24,7 @@ class Axis:
     size: int
     rank: int = attrs.field(eq=False, repr=False)
     group: str = attrs.field(repr=False, default="")
+    stride: int = attrs.field(eq=False, repr=False, default=1)  # ranks of the mesh from one of the axis to its next
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over the axis, on every rank."""
@@ -88,15 +89,16 @@ def mesh(**sizes: int) -> Mesh:
     from torch.distributed.device_mesh import init_device_mesh  # costs import time, needed only with several ranks
 
     ranks = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    return Mesh({n: _axis(ranks, n, size) for n, size in sizes.items()}, device)
+    strides = [math.prod(list(sizes.values())[i + 1 :]) for i in range(len(sizes))]
+    return Mesh({n: _axis(ranks, n, size, s) for (n, size), s in zip(sizes.items(), strides, strict=True)}, device)
 
 
-def _axis(ranks: Any, name: str, size: int) -> Axis:
+def _axis(ranks: Any, name: str, size: int, stride: int) -> Axis:
     group = ranks.get_group(name)
     timeout = get_timeout()
     if timeout is not None:
         set_timeout(timeout, group)  # torch gives every group but the first its own default
-    return Axis(name, size, dist.get_rank(group), group.group_name if size > 1 else "")
+    return Axis(name, size, dist.get_rank(group), group.group_name if size > 1 else "", stride)
 
 
 def _start() -> int:
