@@ -29,7 +29,6 @@ from fds.files import Directory, together
 from fds.layout import Box, Layout, Part, whole
 from fds.leaves import Leaves
 from fds.offload import compute_device, forget, handles
-from fds.optim import Optimizer
 from fds.optim.slots import slots
 from fds.program import Program
 from fds.state_entries import Entry
@@ -62,12 +61,7 @@ def load_state(directory: Directory, step: TrainStep, *, tag: str | None = None)
         source = _source(directory, tag, step.program)
         trainable = {k for k, x in _spec(step.program).items() if x.requires_grad}
         source.check({"fp32": _spec(step.program).keys(), "exp_avg": trainable, "exp_avg_sq": trainable})
-        numbers = _numbers(step.tx, source.updates) | {
-            "step": torch.tensor(source.steps),
-            "rng": torch.tensor(step.seed),
-            "skipped": torch.tensor(source.skipped),
-        }
-        entries = list_entries(step, compute_device())
+        numbers, entries = _numbers(step, source), list_entries(step, compute_device())
         states.append(tree.rebuild(step.spec, (_filled(e, source, numbers) for e in entries)))
         for window in {id(e.window): e.window for e in entries if e.window is not None}.values():
             window.settle()
@@ -334,15 +328,23 @@ def _spec(program: Program) -> dict[str, Tensor]:
     return found
 
 
-def _numbers(tx: Optimizer, updates: int) -> dict[str, Tensor]:
-    """The numbers of the optimizer's state that belong to no leaf, by their names: hyperparameters as it begins with, counts of updates."""
+def _numbers(step: TrainStep, source: _Source) -> dict[str, Tensor]:
+    """The numbers of a state that belong to no leaf, by their names: counts, and hyperparameters as the optimizer begins with."""
     x = torch.zeros(1)
-    state = tx.init({"": {"x": x}})
+    state = step.tx.init({"": {"x": x}})
     known = {path: v.clone() for path, v in tree.paths(state) if not v.dim()}
-    like = Part("x", x.to("meta"), x.to("meta"), whole("x", (1,)))
-    found = {f"optimizer/{s.name}": known[s.path] for s in slots(tx, {"": {"x": like}}) if s.part is None}
     forget(state)  # of a streamed one
-    return {k: torch.full_like(v, updates) if k.endswith("/updates") else v for k, v in found.items()}
+    like = Part("x", x.to("meta"), x.to("meta"), whole("x", (1,)))
+    found = list(slots(step.tx, {"": {"x": like}}))
+    moments = sorted(s.name.rpartition("/")[2] for s in found if s.part is not None)
+    if moments != ["mu", "nu"]:
+        raise ValueError(
+            f"{source.folder}: it has Adam's two moments of every parameter, and the step's optimizer has {', '.join(moments) or 'none'}; use optim.adamw"
+        )
+    numbers = {f"optimizer/{s.name}": known[s.path] for s in found if s.part is None}
+    numbers = {k: torch.tensor(source.updates) if k.endswith("/updates") else v for k, v in numbers.items()}
+    counts = {"step": source.steps, "rng": step.seed, "skipped": source.skipped}
+    return numbers | {k: torch.tensor(v) for k, v in counts.items()}
 
 
 def _filled(e: Entry, source: _Source, numbers: Mapping[str, Tensor]) -> Tensor:
@@ -357,14 +359,8 @@ def _values(box: Box, e: Entry, source: _Source, numbers: Mapping[str, Tensor]) 
     if box.leaf in numbers:
         return numbers[box.leaf]
     moment = _MOMENT.fullmatch(box.leaf)
-    if not (moment or box.leaf.startswith("params/")) or (not e.dtype.is_floating_point and moment):
-        raise ValueError(
-            f"{source.folder}: the step's optimizer has {box.leaf!r} ({e.dtype}), and a DeepSpeed checkpoint has none; use optim.adamw"
-        )
     kind = "fp32" if moment is None else {"mu": "exp_avg", "nu": "exp_avg_sq"}[moment[1]]
     name = box.leaf.removeprefix("params/") if moment is None else moment[2]
-    if moment is not None and name not in source.leaves:
-        raise ValueError(f"{source.folder}: the step's optimizer has {box.leaf!r}, in blocks; use optim.adamw")
     found = source.read(kind, name, e.leaves[box.leaf])
     return _exact(found[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))], e.dtype, box.leaf)
 

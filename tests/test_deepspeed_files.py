@@ -157,21 +157,21 @@ def test_leaves_missing_and_surplus_are_listed(files):
     thawed = theirs.build().requires_grad_(True)
     with pytest.raises(ValueError, match=rf"missing: {FROZEN} \(exp_avg\).*surplus: none"):
         deepspeed_files.load_state(files / "zero3", stepper(module=thawed))
-    with pytest.raises(ValueError, match="does not hold its values.*fds.cast"):
+    with pytest.raises(ValueError, match=r"does not hold its values.*fds.cast"):
         deepspeed_files.load_state(files / "zero1", stepper(module=theirs.build().bfloat16()))
     wide = theirs.build()
     wide.model.norm.weight = nn.Parameter(torch.ones(9))
     for case in ("zero1", "universal3"):
         with pytest.raises(ValueError, match=r"'model.norm.weight' has \(8,\), required \(9,\)"):
             deepspeed_files.load_state(files / case, stepper(module=wide))
-    for tx, words in ((optim.lion(1e-3), "universal1"), (optim.adamw8bit(1e-3), "moments/"), (optim.sgd(0.1, momentum=0.9), "momentum")):  # fmt: skip
+    for tx, words in ((optim.lion(1e-3), "has mu;"), (optim.adamw8bit(1e-3), "mu_scale"), (optim.sgd(0.1), "has none")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             deepspeed_files.load_state(files / "universal1", stepper(tx=tx))
 
 
 class Bomb:
     def __reduce__(self):
-        return (pytest.fail, ("unpickled",))
+        return (exec, ("raise SystemExit('unpickled')",))
 
 
 def test_nothing_but_tensors_and_plain_values_is_unpickled(files, tmp_path):
@@ -181,7 +181,7 @@ def test_nothing_but_tensors_and_plain_values_is_unpickled(files, tmp_path):
     file = where / tag / "mp_rank_00_model_states.pt"
     found = torch.load(file, weights_only=True)
     torch.save({**found, "client": Bomb()}, file)
-    with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt: has .*fail in it.*client_state"):
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states.pt: has builtins.exec in it.*client_state"):
         deepspeed_files.load_state(where, stepper())
     torch.save({**found, "lr_scheduler": {"last": 3}}, file)
     deepspeed_files.load_state(where, stepper())
@@ -205,7 +205,7 @@ def test_what_is_no_checkpoint_is_named(files, tmp_path):
     folder = where / (where / "latest").read_text()
     last = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     last.rename(folder / "zero_pp_rank_1_mp_rank_01_optim_states.pt")
-    with pytest.raises(ValueError, match="mp_rank_01.*ds_to_universal"):
+    with pytest.raises(ValueError, match=r"mp_rank_01.*ds_to_universal"):
         deepspeed_files.load_state(where, stepper())
     (folder / "zero_pp_rank_1_mp_rank_01_optim_states.pt").unlink()
     with pytest.raises(ValueError, match="of 1 ranks, 2 expected"):
