@@ -14,7 +14,7 @@ the few classes in `_INERT` as empty stand-ins. Files are mapped, not read: a le
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -91,16 +91,16 @@ class _Source:
     steps: int  # that were tried
     skipped: int
     transient: Mapping[str, Tensor] = {}  # leaves that no file holds
-    last: Callable[[str, str], Tensor] = attrs.field(init=False)  # reads; a leaf that is asked for in many pieces, once
-
-    def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "last", lru_cache(maxsize=1)(lambda kind, name: self.leaves[name][kind]()))
+    last: dict[tuple[str, str], Tensor] = attrs.field(init=False, factory=dict[tuple[str, str], Tensor])
 
     def read(self, kind: str, name: str, shape: Sequence[int]) -> Tensor:
         """A whole leaf."""
         if name in self.transient:
             return self.transient[name]
-        x = self.last(kind, name)
+        if (kind, name) not in self.last:  # a leaf may be asked for in many pieces
+            self.last.clear()
+            self.last[kind, name] = self.leaves[name][kind]()
+        x = self.last[kind, name]
         if tuple(x.shape) not in (tuple(shape), (prod(shape),)):  # ZeRO 3's universal files are flat
             raise ValueError(
                 f"{self.folder}: {name!r} has {tuple(x.shape)}, required {tuple(shape)}; it is another model's"
@@ -151,17 +151,18 @@ def _folder(root: Path, tag: str | None) -> Path:
 
 def _zero(folder: Path) -> tuple[dict[str, dict[str, Read]], int, Mapping[str, Any]]:
     """Leaves of a ZeRO checkpoint, in parts of each rank."""
-    named = [(m, f) for f in folder.glob("*_optim_states.pt") if (m := _OPTIMIZER_FILE.fullmatch(f.name))]
-    split = [f.name for m, f in named if int(m[2])]
+    found = ((f, _OPTIMIZER_FILE.fullmatch(f.name)) for f in folder.glob("*_optim_states.pt"))
+    named = sorted((int(m[1]), int(m[2]), f) for f, m in found if m)
+    split = [f.name for _, tensor_rank, f in named if tensor_rank]
     if split or not named:
         raise ValueError(
             f"{folder}: {split[0] if split else 'other files than ZeRO has'}: parts of tensor-parallel or expert ranks are not read; convert the checkpoint by DeepSpeed's ds_to_universal"
         )
-    files = [f for _, f in sorted(named, key=lambda x: int(x[0][1]))]
+    files = [f for *_, f in named]
     states = [_of(_read(f), "optimizer_state_dict", f) for f in files]
     count = states[0].get("partition_count")
     world = max(count) if isinstance(count, list | tuple) else count
-    if world != len(files) or [int(m[1]) for m, _ in sorted(named, key=lambda x: int(x[0][1]))] != list(range(world)):
+    if world != len(files) or [r for r, *_ in named] != list(range(world)):
         raise ValueError(f"{folder}: optimizer states of {len(files)} ranks, {world} expected; copy the missing files")
     three = "fp32_flat_groups" in states[0]
     flat, inner = ("fp32_flat_groups", "optimizer_state_dict") if three else ("single_partition_of_fp32_groups", "base_optimizer_state")  # fmt: skip
