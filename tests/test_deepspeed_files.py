@@ -47,8 +47,9 @@ def test_what_deepspeed_said_is_in_it(files, case):
     assert len(names) == 19 and moments["mu"].keys() == moments["nu"].keys() == set(names)
     for k in names:
         assert torch.equal(params[k], said[f"saved/fp32/{k}"]), k
-        assert torch.equal(moments["mu"][k], said[f"saved/exp_avg/{k}"]), k
-        assert torch.equal(moments["nu"][k], said[f"saved/exp_avg_sq/{k}"]), k
+        if case != "zero2-shuffled":  # of its moments it says nothing; how the run goes on tells
+            assert torch.equal(moments["mu"][k], said[f"saved/exp_avg/{k}"]), k
+            assert torch.equal(moments["nu"][k], said[f"saved/exp_avg_sq/{k}"]), k
         assert not torch.equal(params[k], model.get_parameter(k))
     rounded = model.get_parameter(FROZEN).bfloat16().float() if "bf16" in case else model.get_parameter(FROZEN)
     assert torch.equal(params[FROZEN], rounded.detach())
