@@ -7,6 +7,7 @@ from fds.frame import with_seed, with_updates
 from fds.functional import functionalize
 from fds.generate import decode, generate
 from fds.grad import value_and_grad
+from fds.initial import init_params
 from fds.lora import fuse_lora, lora
 from fds.offload import FileStore, HostStore, StoreError, offload
 from fds.precision import cast
@@ -40,6 +41,7 @@ __all__ = [
     "fuse_lora",
     "generate",
     "init_distributed",
+    "init_params",
     "launch",
     "load",
     "load_adapters",

@@ -5,15 +5,17 @@ or the new.
 """
 
 import json
+import math
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,11 +26,18 @@ _ASIDE = ".writing-"  # begins the names of folders with files that are not fini
 
 def write(path: Path, make: Any) -> None:
     """Let ``make(temporary path)`` make the file, flush it, and give it its name."""
+    with replacing(path) as aside:
+        make(aside)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file; after the block it is flushed and given its name. After an error there is nothing new."""
     # A folder, since safetensors writes to a temporary file beside the one it is given, which a kill leaves there.
     folder = tempfile.mkdtemp(prefix=_ASIDE, dir=path.parent)
     aside = Path(folder) / path.name
     try:
-        make(aside)
+        yield aside
         with open(aside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(aside, path)
@@ -59,20 +68,74 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write(path, lambda aside: save_file(own, aside, metadata={"format": "pt"}))
 
 
+@contextmanager
+def tensor_file(path: Path, spec: Mapping[str, Tensor]) -> Iterator[Callable[[str, Tensor], None]]:
+    """A safetensors file of tensors like those of `spec`, which ``add(name, tensor)`` takes one by one, in that order."""
+    left = iter(spec.items())
+
+    with replacing(path) as aside, open(aside, "wb") as f:
+        f.write(tensor_header((k, x.dtype, x.shape) for k, x in spec.items()))
+
+        def add(name: str, x: Tensor) -> None:
+            expected, like = next(left, ("no more", x))
+            if (name, x.dtype, x.shape) != (expected, like.dtype, like.shape):
+                raise ValueError(
+                    f"{path}: {name} {x.dtype} {tuple(x.shape)}, required {expected} {like.dtype} {tuple(like.shape)}"
+                )
+            f.write(tensor_bytes(x.detach().to("cpu").contiguous()))
+
+        yield add
+        for name, _ in left:
+            raise ValueError(f"{path}: {name} was not given")
+
+
+def tensor_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """The header of a safetensors file of tensors by name, dtype and shape: its length in 8 bytes, then JSON, padded to a multiple of 8."""
+    found, at = dict[str, Any](__metadata__={"format": "pt"}), 0
+    for name, dtype, shape in entries:
+        size = math.prod(shape) * dtype.itemsize
+        found[name] = {"dtype": _dtype_name(dtype), "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(found).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _dtype_name(dtype: torch.dtype, known: dict[torch.dtype, str] = {}) -> str:  # noqa: B006 (a cache)
+    from safetensors.torch import save
+
+    if dtype not in known:  # the library has no public table, but writes the name
+        known[dtype] = json.loads(save({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"]
+    return known[dtype]
+
+
+def tensor_bytes(x: Tensor) -> Any:
+    """The bytes of a contiguous tensor in host memory."""
+    return x.reshape(-1).view(torch.uint8).numpy()
+
+
 def write_json(path: Path, data: Any) -> None:
     """A JSON file."""
     write(path, lambda aside: aside.write_text(json.dumps(data, indent=2)))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in memory of their own. `ValueError` for a truncated or foreign file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """All tensors of a safetensors file, as `open_tensors` gives them."""
+    found = open_tensors(path)
+    return {k: found.get_tensor(k) for k in found.keys()}  # noqa: SIM118 (no mapping)
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file: its ``keys()``, and ``get_tensor(key)``, a private map of the file, read when it is looked at.
+
+    Raises `ValueError` for a truncated or foreign file.
+    """
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        return load_file(path)
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path}: not a complete safetensors file ({diagnosis(path)}): {error}; write it again, or take an older one"

@@ -241,7 +241,7 @@ class ModuleCore:
         return assemble({s: self._site(s, own[s], blank) for s in own}, blank)
 
     def _site(self, site: str, spec: Params, blank: Program) -> Program:
-        def place(params: Params) -> Params:
+        def place(params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             for name, leaf in spec.items():
                 tree.check_leaf(name, params[name], leaf, what="place")
             return params

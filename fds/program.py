@@ -97,7 +97,7 @@ class Program:
     """
 
     spec: Any  # the abstract stored tree: meta tensors; requires_grad marks the trainable leaves
-    place: Callable[[Params], Any]  # logical -> stored
+    place: Callable[[Mapping[str, Tensor]], Any]  # logical -> stored; asks for the leaves site by site
     apply: Apply  # (stored, *args, **kwargs) -> out; pure and traceable
     restore: Callable[[Any], Params]  # stored -> logical
     sites: Mapping[str, "Program"] = {}
@@ -190,7 +190,7 @@ def assemble(
     """The whole program made of the programs of its sites; ``sites[""]`` is the root, which calls the others."""
     root, names = sites[""], list(sites)
 
-    def place(params: Params) -> Stored:
+    def place(params: Mapping[str, Tensor]) -> Stored:
         _check_names(params, logical)
         return {s: sites[s].place({k: params[k] for k in owned[s]}) for s in names}
 

@@ -8,7 +8,6 @@ storage are these: every rank streams its pieces, one after the other, into one 
 
 import json
 import os
-import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from fds.files import flush_folder, rank
+from fds.files import flush_folder, rank, tensor_bytes, tensor_header
 from fds.layout import Box
 from fds.offload import handles
 from fds.state_entries import Entry
@@ -46,12 +45,7 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 
 def checksum(x: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(_bytes(x))
-
-
-def _bytes(x: Tensor) -> Any:
-    """The bytes of a contiguous tensor in host memory."""
-    return x.reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(tensor_bytes(x))
 
 
 # --- writing ---
@@ -144,7 +138,7 @@ class Writer(StorageWriter):
                 f.write(_header(plan.items))
                 for item in plan.items:
                     x: Any = planner.resolve_data(item)
-                    f.write(_bytes(x))
+                    f.write(tensor_bytes(x))
                     results.append(WriteResult(item.index, x.nbytes, Written(file, _key(item), checksum(x))))
                     del x  # before the next one is read
                 f.flush()
@@ -185,25 +179,9 @@ def _key(item: WriteItem) -> str:
 
 
 def _header(items: list[WriteItem]) -> bytes:
-    """The header of a safetensors file with these pieces: its length in 8 bytes, then JSON, padded to a multiple of 8."""
-    entries, at = dict[str, Any](__metadata__={"format": "pt"}), 0
-    for item in items:
-        data: Any = item.tensor_data
-        size = data.chunk.sizes.numel() * data.properties.dtype.itemsize
-        name = _safetensors_name(data.properties.dtype)
-        entries[_key(item)] = {"dtype": name, "shape": list(data.chunk.sizes), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _safetensors_name(dtype: torch.dtype, known: dict[torch.dtype, str] = {}) -> str:  # noqa: B006 (a cache)
-    from safetensors.torch import save
-
-    if dtype not in known:  # the library has no public table, but writes the name
-        known[dtype] = json.loads(save({"x": torch.empty(0, dtype=dtype)})[8:])["x"]["dtype"]
-    return known[dtype]
+    """The header of a safetensors file with these pieces."""
+    data: list[Any] = [item.tensor_data for item in items]
+    return tensor_header((_key(i), d.properties.dtype, d.chunk.sizes) for i, d in zip(items, data, strict=True))
 
 
 # --- reading ---

@@ -11,6 +11,7 @@ from fds import losses, tree
 from fds.compiling import traced
 from fds.frame import scoped, with_updates
 from fds.grad import value_and_grad
+from fds.leaves import Handed
 from fds.lowering import lowered
 from fds.offload.handles import SQUARE as square_of_handle
 from fds.optim import Optimizer
@@ -70,14 +71,14 @@ class TrainStep:
         object.__setattr__(self, "over", traced(over))
         object.__setattr__(self, "spec", self._state(self.program.spec))
 
-    def init(self, params: Params) -> TrainState:
+    def init(self, params: Mapping[str, Tensor]) -> TrainState:
         """The state before the first step, from logical parameters. Its tensors are its own: `params` may be thrown away or kept."""
-        stored = self.program.place(params)
-        theirs = {t.untyped_storage().data_ptr() for t in params.values() if not t.is_meta}
+        given = Handed(params)
+        stored = self.program.place(given)
         with torch.no_grad():
-            stored = tree.map(
-                lambda t: t.clone() if t.is_meta or t.untyped_storage().data_ptr() in theirs else t.detach(), stored
-            )
+            for part in stored.values():  # leaf by leaf, so that what was read or made site by site is not there twice
+                for k, t in part.items():
+                    part[k] = t.clone() if t.is_meta or given.shares(t) else t.detach()
         return self._state(stored)
 
     def _state(self, stored: Stored) -> TrainState:

@@ -137,7 +137,7 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
         with torch.no_grad():
             return lift(lens.restore or lens.get, stored)
 
-    def place(params: Params) -> Params:
+    def place(params: Mapping[str, Any]) -> Params:
         return push(p.place(params))
 
     def apply(stored: Params, *args: Any, **kwargs: Any) -> Any:

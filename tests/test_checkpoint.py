@@ -39,6 +39,53 @@ def test_we_load_what_transformers_saves(tmp_path, family):
     assert all(torch.equal(v, params[k]) for k, v in fds.load(tmp_path, program).items())
 
 
+def exported(directory, family, name):
+    import laws
+
+    if name == "threshold, cast":
+        program, params = fds.functionalize(zoo.build(family))
+        axis = fds.sharding.mesh(dp=-1)["dp"]
+        program = fds.chain(fds.shard(axis, threshold=100), fds.cast("bfloat16"))(program)
+    else:
+        program, params, *_ = laws.setting(family, name)
+    fds.save(directory, program, program.place(params), max_shard_size=30_000)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral"])
+def test_every_mesh_exports_the_same_model(tmp_path, family):
+    model = zoo.build(family)
+    rows = zoo.batch(family)
+    for n, name in [(2, "shard"), (2, "tensor"), (4, "tensor, shard, checkpoint"), (2, "shard, store, checkpoint"), (2, "threshold, cast")]:  # fmt: skip
+        ranks.run(n, exported, str(tmp_path), family, name)  # over the files of the one before
+        assert (tmp_path / "model.safetensors.index.json").exists()
+        again = type(model).from_pretrained(tmp_path).eval()
+        assert torch.equal(logits(again, rows), logits(model, rows)), (n, name)
+
+
+def failing_export(directory):
+    """Rank 0 cannot write: both say so, and nothing new is there."""
+    import importlib
+
+    files = importlib.import_module("fds.checkpoint")  # the name in fds is the transformation's
+    program, params = fds.functionalize(zoo.build("llama"))
+    whole = files.tensor_file
+    files.tensor_file = lambda path, spec: whole(path.parent / "no" / "such" / path.name, spec)
+    try:
+        fds.save(directory, program, program.place(params))
+    except (ValueError, OSError) as error:
+        return str(error)
+    finally:
+        files.tensor_file = whole
+
+
+def test_an_export_that_fails_leaves_the_old_files(tmp_path):
+    model = zoo.build("llama")
+    model.save_pretrained(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    assert all("no/such" in said for said in ranks.run(2, failing_export, str(tmp_path)))
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
 def adapted(family):
     model = zoo.build(family)
     program, params = fds.functionalize(model)
@@ -69,6 +116,36 @@ def test_peft_both_ways(tmp_path, family):
     back = fds.load_adapters(tmp_path / "theirs", train, train.place(params))
     with torch.no_grad():
         assert torch.equal(train(back, **rows).logits, want)
+
+
+def carried(where, family, name):
+    """Adapters read under a mesh, and written again from there; what they change."""
+    mesh = fds.sharding.mesh(dp=-1, tp=2 if "tensor" in name else 1)
+    program, params = fds.functionalize(zoo.build(family))
+    steps = {
+        "shard": [fds.shard(mesh["dp"])],
+        "tensor": [fds.tensor_parallel(mesh["tp"])],
+        "tensor, shard": [fds.tensor_parallel(mesh["tp"]), fds.shard(mesh["dp"])],
+        "store": [fds.shard(mesh["dp"]), fds.offload(fds.HostStore())],
+    }[name]
+    train = fds.chain(fds.lora(rank=2, alpha=8, targets=zoo.FAMILIES[family][1]), *steps)(program)
+    stored = fds.load_adapters(f"{where}/given", train, train.place(params))
+    fds.save_adapters(f"{where}/{name}", train, stored)
+    return train.restore(stored)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_under_every_mesh(tmp_path, family):
+    from safetensors.torch import load_file
+
+    _, train, _, stored = adapted(family)
+    fds.save_adapters(tmp_path / "given", train, stored)
+    want, given = train.restore(stored), load_file(tmp_path / "given" / "adapter_model.safetensors")
+    for n, name in [(2, "shard"), (2, "tensor"), (4, "tensor, shard"), (2, "store")]:
+        for got in ranks.run(n, carried, str(tmp_path), family, name):
+            assert all(torch.allclose(got[k], v, atol=1e-6) for k, v in want.items()), name
+        got = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert got.keys() == given.keys() and all(torch.equal(got[k], v) for k, v in given.items())
 
 
 def test_other_adapters_are_refused(tmp_path):

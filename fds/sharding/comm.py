@@ -115,7 +115,11 @@ def init_distributed(
         dist.init_process_group("mpi", timeout=timeout)  # MPI counts its ranks itself
         return
     alone = place.world_size == 1 and init_method is None
-    meet: dict[str, Any] = {"store": dist.HashStore()} if alone else {"init_method": init_method or "env://"}
+    meet: dict[str, Any] = {"init_method": init_method or "env://"}
+    if alone:
+        meet = {"store": dist.HashStore()}
+    elif init_method is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        meet = {"store": _agents_store(place, timeout)}
     dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout, **meet)
     _watch(urlparse(init_method).hostname if init_method else place.master_addr)
 
@@ -157,6 +161,15 @@ def _adopt(backend: str | None, timeout: timedelta | None, rank: int, world_size
         set_timeout(timeout)
     if not liveness.watched():
         _watch(os.environ.get("MASTER_ADDR"))
+
+
+def _agents_store(place: Place, timeout: timedelta) -> Any:
+    """torchrun's store, with keys of this start's own.
+
+    It outlives the workers. A worker that torchrun starts again would find the addresses of dead ones there, and wait for them (torch 2.13).
+    """
+    store = dist.TCPStore(place.master_addr, place.master_port, place.world_size, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _watch(master: str | None) -> None:
