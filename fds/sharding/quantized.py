@@ -263,7 +263,9 @@ def _scatter(g: Tensor, error: Tensor | None, n: int, group: str, mean: bool, fo
     parts = _by_rank(g, n).float()
     if error is not None:
         parts = parts + _by_rank(error, n).float()
-    own, options = block_quantize(parts, format=format, block=block), {"format": format, "block": block, "length": parts.shape[-1]}  # fmt: skip
+    options: dict[str, Any] = {"format": format, "block": block}
+    own = block_quantize(parts, **options)
+    options["length"] = parts.shape[-1]
     total = block_dequantize(*EXCHANGE_CODES(*own, n, group), **options).sum(0)
     out = (total / n if mean else total).to(g.dtype)
     if error is None:
@@ -303,7 +305,7 @@ def _gather_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     constants = [None] * len(ctx.constants)
     if not gradients:
         return _exact_scatter(g, n, group, mean), None, None, *constants
-    part, new = _scatter_gradient(g, error, n, group, mean, gradients, block, beta)
+    part, new = quantized_scatter(g, error, n, group, mean, gradients, block, beta)
     if error is None:
         return part, None, None, *constants
     return part, new, torch.ones_like(passes), *constants
@@ -324,7 +326,7 @@ def _nothing(*_: Any) -> None:
     """Nothing to save."""
 
 
-_scatter_gradient = operator(
+quantized_scatter = operator(
     "quantized_scatter",
     "(Tensor g, Tensor? error, int n, str group, bool mean, str format, int block, float beta) -> (Tensor, Tensor)",
     primitive=_scatter,
