@@ -12,9 +12,10 @@ from fds.lora import fuse_lora, lora
 from fds.offload import FileStore, HostStore, StoreError, offload
 from fds.precision import cast
 from fds.program import Lens, Program
+from fds.quantize import quantize_frozen
 from fds.remat import checkpoint
 from fds.run_state import load_extra, load_state, save_state
-from fds.sharding import init_distributed, launch, replicate, shard, tensor_parallel
+from fds.sharding import init_distributed, launch, quantized, replicate, shard, tensor_parallel
 from fds.train import NonFiniteError, TrainState, TrainStep, train_step
 from fds.transform import Transform, around, at, chain, relayout, through
 
@@ -51,6 +52,8 @@ __all__ = [
     "losses",
     "offload",
     "optim",
+    "quantize_frozen",
+    "quantized",
     "relayout",
     "replicate",
     "save",

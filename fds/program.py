@@ -34,6 +34,9 @@ class Lens(NamedTuple):
     * `layout`: of a lens that moves elements and changes none: from what the leaves that go in hold to what the stored ones do (`fds.layout`).
       States are saved as they were before such lenses, so that they can be restored under others. None: the lens changes more than that.
     * `host`: stored leaves that are in host memory, whatever the device of those that go in.
+    * `carries`: stored leaves that are no parameters but what the lens keeps from one step to the next, and how each goes on:
+      ``f(values, cotangents) -> next value``, given those of all such leaves at the site. Their "gradient" is what backward has to say, by an
+      operator's rule; it never goes to an optimizer. Later lenses pass them by, as they do buffers.
     """
 
     put: Callable[[Params], Params]
@@ -44,6 +47,10 @@ class Lens(NamedTuple):
     handles: Mapping[str, Any] = {}
     layout: Callable[[Held], Held] | None = None
     host: frozenset[str] = frozenset()
+    carries: Mapping[str, "Carry"] = {}
+
+
+Carry = Callable[[Params, Params], Tensor]
 
 
 class Axis(Protocol):
@@ -108,6 +115,7 @@ class Program:
     axes: Mapping[str, tuple[Axis, ...]] = {}  # of one site: the axes over which a stored leaf is split
     handles: Mapping[str, Any] = {}  # of one site: stored leaves that stand for tensors in a store -> where those are
     layout: Layout | None = None  # of one site: what its stored leaves hold; None: each itself
+    carries: Mapping[str, Carry] = {}  # of one site: leaves that a lens keeps from step to step -> how they go on
     data_axes: tuple[Axis, ...] = ()  # the axes over which ranks see different rows of the batch, in the mesh's order
     stack: tuple["Transform", ...] = ()  # of one site: the transforms that changed its representation
     tol: float = 0.0
@@ -170,11 +178,27 @@ class Program:
 
     def trainable(self, stored: Stored) -> Stored:
         """The trainable part of a stored tree (the same tensors)."""
-        return {s: {k: v for k, v in part.items() if self.spec[s][k].requires_grad} for s, part in stored.items()}
+        return {
+            s: {k: v for k, v in part.items() if self.spec[s][k].requires_grad and k not in self.sites[s].carries}
+            for s, part in stored.items()
+        }
+
+    def carry(self, stored: Stored, grads: Stored) -> Stored:
+        """The next values of the leaves that lenses keep from step to step (`Lens.carries`), and of no others, after a backward pass.
+
+        `train_step` does this. A loop of your own goes on with ``{s: {**stored[s], **next.get(s, {})} for s in stored}``.
+        """
+        out: Stored = {}
+        for s, p in self.sites.items():
+            values, cotangents = ({k: t[s][k] for k in p.carries} for t in (stored, grads))
+            if p.carries:
+                out[s] = {k: f(values, cotangents) for k, f in p.carries.items()}
+        return out
 
     def __repr__(self) -> str:
         leaves = tree.named(self.spec) if self.sites else self.spec
-        train = sum(x.numel() for x in leaves.values() if x.requires_grad)
+        trained = tree.named(self.trainable(self.spec)) if self.sites else leaves
+        train = sum(x.numel() for x in trained.values() if x.requires_grad)
         total = sum(x.numel() for x in leaves.values())
         head = f"Program({self.core!r}, {max(len(self.sites) - 1, 0)} sites, {len(leaves)} leaves, {_count(train)} of {_count(total)} elements trainable, {tree.nbytes(self.spec):,} bytes stored"
         return head + "".join(f"\n  | {t!r}" for t in self.history) + ("\n)" if self.history else ")")

@@ -16,6 +16,7 @@ from fds.train import TrainStep
 from fds.transform import parameters
 
 _CPU = torch.device("cpu")
+CARRIED = "carried/"  # names of what a lens keeps from step to step; it is a rank's own, and begins at zero under another layout
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -48,9 +49,13 @@ def entries(step: TrainStep, home: torch.device) -> list[Entry]:
     sites = step.program.sites
     parts = {s: {k: _part(s, p, k) for k in p.spec} for s, p in sites.items()}
     shapes = {k: tuple(x.shape) for s, p in sites.items() for k, x in _leaves(s, p).items()}
-    trainable = {s: {k: parts[s][k] for k, x in p.spec.items() if x.requires_grad} for s, p in sites.items()}
+    trainable = {s: {k: parts[s][k] for k in p} for s, p in step.program.trainable(step.program.spec).items()}
     known = {
-        **{("params", s, k): _of_part(x, shapes, home) for s, each in parts.items() for k, x in each.items()},
+        **{
+            ("params", s, k): _carried(x, home) if k in sites[s].carries else _of_part(x, shapes, home)
+            for s, each in parts.items()
+            for k, x in each.items()
+        },
         **{(k,): _single(k, x, _CPU) for k, x in step.spec._asdict().items() if isinstance(x, Tensor)},
     }
     for slot in slots(step.tx, trainable):
@@ -93,6 +98,10 @@ def _part(site: str, p: Program, name: str) -> Part:
 
 def _of_part(part: Part, shapes: Shapes, home: torch.device) -> Entry:
     return _entry("params/", part.boxes, part.held, shapes, _CPU if part.host else home, part.window)
+
+
+def _carried(part: Part, home: torch.device) -> Entry:
+    return _single(f"{CARRIED}{part.name} ({part.shard})", part.held, home)
 
 
 def _of_slot(slot: Slot, shapes: Shapes, home: torch.device) -> Entry:

@@ -9,7 +9,7 @@ storage are these: every rank streams its pieces, one after the other, into one 
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from torch.futures import Future
 from fds.files import flush_folder, rank, tensor_bytes, tensor_header
 from fds.layout import Box
 from fds.offload import handles
-from fds.state_entries import Entry
+from fds.state_entries import CARRIED, Entry
 
 MANIFEST = "manifest.json"
 
@@ -283,7 +283,9 @@ class Loader(dcp.LoadPlanner):
         for i, e in enumerate(self.entries):
             for name in dict.fromkeys(b.leaf for b in e.boxes):
                 leaf: Any = known.get(name)
-                if leaf is not None:
+                if name.startswith(CARRIED) and (leaf is None or tuple(leaf.size) != e.leaves[name]):
+                    self.left[i] = 0  # another layout: zeros
+                elif leaf is not None:
                     self._check(name, leaf, e)
                     items += self._reads(i, e, name, leaf)
         return dcp.LoadPlan(items, planner_data=wanted)
@@ -302,8 +304,8 @@ class Loader(dcp.LoadPlanner):
             yield replace(item, dest_index=MetadataIndex(str(i), e.boxes[at].offsets, at))
 
     def create_global_plan(self, global_plan: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
-        wanted = set[str]().union(*(p.planner_data for p in global_plan))
-        known = self.metadata.state_dict_metadata.keys()
+        wanted = _lasting(name for p in global_plan for name in p.planner_data)
+        known = _lasting(self.metadata.state_dict_metadata)
         if wanted != known:
             missing, surplus = (_listed(wanted - known), _listed(known - wanted))
             raise ValueError(
@@ -351,6 +353,11 @@ class Loader(dcp.LoadPlanner):
             e = self.entries[min(self.coming)]
             raise ValueError(f"{self.folder}: the files do not hold all of {e.path!r}; take an older save")
         return [self.tensors[i] for i in range(len(self.entries))]
+
+
+def _lasting(names: Iterable[str]) -> set[str]:
+    """Those that go on under every layout."""
+    return {name for name in names if not name.startswith(CARRIED)}
 
 
 def _listed(names: set[str]) -> str:

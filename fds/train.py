@@ -232,19 +232,22 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
     shares = _shares(step, parts)
     seed, block = fold(state.rng, state.step), _block(axes)
     value, grads, updates, aux = torch.zeros(()), None, dict[str, Params](), dict[str, Tensor]()
-    held = _held(step, state.params)
+    held, carried = _held(step, state.params), dict[str, Params]()
     for i, part in enumerate(parts):
-        params = {s: {**leaves, **updates.get(s, {})} for s, leaves in held.items()}
+        params = {s: {**leaves, **updates.get(s, {}), **carried.get(s, {})} for s, leaves in held.items()}
         with scoped(seed=seed, block=block * m + i):
             (v, (extra, new)), g = value_and_grad(_with_aux(step, shares[i]), has_aux=True, wrt=step.program)(
                 params, part
             )
+        carried = step.program.carry(params, g)
         g = step.program.trainable(g)  # frozen leaves' zeros take no memory until they are added
         grads = g if grads is None else tree.map(torch.add, grads, g)
         value, updates = value + v.float(), new or updates
         aux = {k: aux.get(k, 0.0) + x * shares[i] for k, x in extra.items()}
     assert grads is not None
-    return _mean(value, axes), grads, _mean(updates, axes), _mean(aux, axes)
+    updates = _mean(updates, axes)
+    kept = {s: {**updates.get(s, {}), **carried.get(s, {})} for s in {**updates, **carried}}
+    return _mean(value, axes), grads, kept, _mean(aux, axes)
 
 
 def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:

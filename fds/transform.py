@@ -123,7 +123,7 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
         raise ValueError(
             f"{transform!r} cannot follow {p.stack[-1]!r}: the parameters are in a store already, and it would change their handles; the order that works: chain(..., {transform!r}, {p.stack[-1]!r})"
         )
-    buffers = p.marks.get("buffer", frozenset())
+    buffers = _passing(p)
 
     def lift(f: Callable[[Params], Params], stored: Params) -> Params:
         params = {k: v for k, v in stored.items() if k not in buffers}
@@ -157,6 +157,7 @@ def _through_site(p: Program, lens: Lens | None, transform: Transform) -> Progra
         restore=restore,
         axes={**{k: v for k, v in p.axes.items() if k in spec}, **lens.axes},
         handles=lens.handles,
+        carries={**p.carries, **lens.carries},
         layout=layout.after(lens.layout, own, host=lens.host, split=bool(lens.axes)),
         stack=(*p.stack, transform),
         tol=max(p.tol, lens.tol),
@@ -252,8 +253,13 @@ def through(
 
 def parameters(p: Program) -> Params:
     """The spec of one site without its buffers: what a lens may change."""
-    buffers = p.marks.get("buffer", frozenset())
-    return {k: v for k, v in p.spec.items() if k not in buffers}
+    passing = _passing(p)
+    return {k: v for k, v in p.spec.items() if k not in passing}
+
+
+def _passing(p: Program) -> frozenset[str]:
+    """What lenses pass by: buffers, and what an earlier lens keeps from step to step."""
+    return p.marks.get("buffer", frozenset()) | p.carries.keys()
 
 
 def around(

@@ -4,7 +4,6 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
 
 from fds import tree
 from fds.offload.handles import Home
@@ -70,7 +69,7 @@ def plan(step: TrainStep, *, budget: int | None = None) -> Plan:
     if stream is None:
         always["optimizer state"] = sum(t.nbytes for t in tree.leaves(step.spec.optimizer))
     else:
-        buckets = _buckets(step, leaves, homes)
+        buckets = _buckets(step, homes)
         held[stream.window.store] = held.get(stream.window.store, 0) + sum(state for _, state in buckets)
         written = max((away + state for away, state in buckets), default=0)
         gradient["buckets kept from the last update"] = (
@@ -89,10 +88,10 @@ def plan(step: TrainStep, *, budget: int | None = None) -> Plan:
     return found
 
 
-def _buckets(step: TrainStep, leaves: dict[str, Tensor], homes: dict[str, Home]) -> list[tuple[int, int]]:
+def _buckets(step: TrainStep, homes: dict[str, Home]) -> list[tuple[int, int]]:
     """Of each bucket of a streamed optimizer: bytes of its parameters that are away, and of its state."""
     stream, axis = step.tx.stream, step.tx.axis
-    trained = {k: v for k, v in leaves.items() if v.requires_grad}
+    trained = tree.named(step.program.trainable(step.program.spec))
     if axis is not None:  # one flat shard for each dtype
         sizes: dict[torch.dtype, int] = {}
         for v in trained.values():

@@ -6,6 +6,7 @@ from fds.sharding.launch import launch
 from fds.sharding.liveness import RankError
 from fds.sharding.mesh import Axis, Mesh, mesh
 from fds.sharding.plans import STYLES, Plan, plan_of
+from fds.sharding.quantized import ErrorFeedback, quantized
 from fds.sharding.tensor import tensor_parallel
 from fds.sharding.zero import Zero, replicate, shard, zero
 
@@ -15,6 +16,7 @@ __all__ = [
     "CommsLogger",
     "CommsRow",
     "CommsSummary",
+    "ErrorFeedback",
     "Mesh",
     "Plan",
     "RankError",
@@ -24,6 +26,7 @@ __all__ = [
     "launch",
     "mesh",
     "plan_of",
+    "quantized",
     "record",
     "replicate",
     "shard",

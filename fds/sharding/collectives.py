@@ -36,6 +36,12 @@ class _Axis(Protocol):
     def group(self) -> str: ...
 
 
+class Gatherable(Protocol):
+    """What brings its own way over the wire to `gather`, in place of a tensor."""
+
+    def gathered(self, axis: _Axis, mean: bool) -> Tensor: ...
+
+
 def process_group(name: str) -> Any:
     """The process group of this name."""
     return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
@@ -211,13 +217,15 @@ def _silent(x: Tensor, axis: _Axis) -> bool:
     return axis.size == 1 or x.numel() == 0
 
 
-def gather(x: Tensor, axis: _Axis, *, reduce: str = "mean") -> Tensor:
+def gather(x: Tensor | Gatherable, axis: _Axis, *, reduce: str = "mean") -> Tensor:
     """Concatenate the ranks' vectors: [m] -> [n*m]. Its gradient is `scatter` with the same `reduce`.
 
     With "mean" the gradient that comes back is the mean over ranks: every rank's loss is a mean over its own rows, and the result is
     the gradient of the mean over all rows.
     """
     mean = _is_mean(reduce)
+    if not isinstance(x, Tensor):
+        return x.gathered(axis, mean)
     return x if _silent(x, axis) else gather_op(x, axis.size, axis.group, mean)
 
 
