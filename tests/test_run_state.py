@@ -533,7 +533,9 @@ def test_a_kill_of_all_ranks_leaves_a_checkpoint(tmp_path):
         capture_output=True, text=True, env=test_checkpoint._env() | {"GLOO_SOCKET_IFNAME": "lo"}, timeout=200,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
-    assert int(out.stdout) > 6, "the loop saved often enough for kills to fall into a save"
+    assert int(out.stdout) >= len(moments), (
+        "a save before each kill; the loop does nothing else, so kills fall into saves"
+    )
     step, state = killed_step()
     fds.save_state(where, step, state, keep=1)
     assert {p.name for p in where.iterdir()} == {"state.json", "0"}  # the leftovers are gone
