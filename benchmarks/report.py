@@ -243,6 +243,8 @@ def states(result: Json) -> str:
     (group,) = result["groups"]
     rows = list[list[str]]()
     for name, runs in group["measured"].items():
+        if name == "fds-asynchronous":
+            continue
         seconds, size = (
             [_of(group, name, k) for k in ("returned_s", "on_disk_s", "loaded_s")],
             _of(group, name, "bytes"),
@@ -257,7 +259,21 @@ def states(result: Json) -> str:
     p = group["protocol"]
     return (
         f"{_machine(result)}\n\nCommit {group['commit']}, medians of {p['rounds']} rounds in which all take turns, {group['world']} ranks, {group['parameters']:,} float32 parameters and two moments each. "
-        f"Loaded with nothing in the page cache.\n\n{table(head, rows)}"
+        f"Loaded with nothing in the page cache.\n\n{table(head, rows)}{_behind(group)}"
+    )
+
+
+def _behind(group: Json) -> str:
+    """What a save in the background costs the steps beside it."""
+    plain, saving, returned, steps = (
+        _of(group, "fds-asynchronous", k) for k in ("plain_s", "saving_s", "asynchronous_s", "steps")
+    )
+    if not plain:
+        return ""
+    ratios = [a / b for a, b in zip(saving, plain, strict=True)]
+    return (
+        f"\n\nA save in the background (`asynchronous=True`) and the {steps[0]} eager steps after it take {median(ratios):.3f} times as long as {steps[0]} steps without "
+        f"({min(ratios):.3f} to {max(ratios):.3f} by round; {median(plain) / steps[0]:.2f} s a step); `save_state` itself returns after {median(returned):.2f} s."
     )
 
 

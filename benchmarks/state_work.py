@@ -1,9 +1,11 @@
 """fds and `torch.save` as contenders of the state group: parameters and Adam's moments, split over the ranks."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import LEARNING_RATE, SIZES, Job, llama
+from common import LEARNING_RATE, SIZES, Job, batch, llama
 from states import measured, tensors
 from worker import Built
 
@@ -19,6 +21,38 @@ def fds_states(job: Job) -> Built:
     return measured(
         job, "states", lambda: fds.save_state("states", step, state, keep=1), lambda: fds.load_state("states", step)
     )
+
+
+STEPS = 5  # from one save to the next
+
+
+def fds_asynchronous(job: Job) -> Built:
+    """Seconds of eager steps, with a save in the background that begins before the first of them and without one, in turns."""
+    program, params = fds.functionalize(llama(job))
+    program = fds.chain(fds.shard(fds.sharding.mesh(dp=job.world)["dp"]), fds.checkpoint())(program)
+    step = fds.train_step(program, fds.optim.adamw(LEARNING_RATE))
+    state, done = step.init(params), 0
+    del params
+
+    def steps(save: bool) -> tuple[float, float]:
+        nonlocal state, done
+        start = time.perf_counter()
+        future = fds.save_state("states", step, state, keep=1, asynchronous=True) if save else None
+        returned = time.perf_counter() - start
+        for _ in range(STEPS):
+            state, _ = step(state, {"input_ids": batch(job, done)})
+            done += 1
+        took = time.perf_counter() - start
+        if future is not None:
+            future.result()
+        return took, returned
+
+    def measure() -> dict[str, Any]:
+        plain, (saving, returned) = steps(False)[0], steps(True)
+        return {"steps": STEPS, "plain_s": plain, "saving_s": saving, "asynchronous_s": returned}
+
+    steps(False)  # warm
+    return Built(measure=measure)
 
 
 def torch_states(job: Job) -> Built:

@@ -59,6 +59,13 @@ PROBE = Entry("probe", "machine", "probe:build")
 SHARDED = (
     Entry("fds-keep", "fds ZeRO-3, keep", "fds_zero:build"),
     Entry("fds-regather", "fds ZeRO-3, re-gather and recompute", "fds_zero:build", {"regather": True}),
+    Entry(
+        "fds-still",
+        "fds ZeRO-3, keep, collectives where they stand",
+        "fds_zero:build",
+        {"schedule": {"prefetch": False, "overlap": False}},
+    ),
+    Entry("fds-overlap", "fds ZeRO-3, keep, without prefetch", "fds_zero:build", {"schedule": {"prefetch": False}}),
     Entry("fds-zero2", "fds ZeRO-1 and 2", "fds_zero:build", {"stage": 2}),
     Entry("deepspeed3", "DeepSpeed ZeRO-3", "peers.deepspeed_zero:build", {"stage": 3}, peer=True),
     Entry("deepspeed2", "DeepSpeed ZeRO-2", "peers.deepspeed_zero:build", {"stage": 2}, peer=True),
@@ -97,13 +104,14 @@ STATES = (
     Entry("torch", "torch.save, torch.load, a file for each rank", "state_work:torch_states"),
     Entry("deepspeed", "DeepSpeed ZeRO-3, save_checkpoint, load_checkpoint", "peers.deepspeed_zero:states", {"stage": 3}, peer=True),
 )  # fmt: skip
+BEHIND = Entry("fds-asynchronous", "fds, a save in the background", "state_work:fds_asynchronous")
 GROUPS = (
     Group("fp32", "33.7M", "fp32", 2, 1, SHARDED, (PROBE,)),
     Group("bf16", "33.7M", "bf16", 2, 1, SHARDED, (PROBE,)),
     Group("single", "6.5M", "fp32", 1, 2, SINGLE, (PROBE, APPLY)),
     Group("offload", "60M", "fp32", 1, 2, OFFLOAD, (PROBE, Entry("disk", "disk", "offload_work:disk")), "offload"),
     Group("adamw", "60M", "fp32", 1, 2, (), ADAM, "offload"),
-    Group("states", "83.4M", "fp32", 2, 1, (), STATES, "states"),
+    Group("states", "83.4M", "fp32", 2, 1, (), (*STATES, BEHIND), "states"),
 )
 
 

@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fds import tree
@@ -33,7 +34,15 @@ def traced(f: Callable[..., Any]) -> Callable[..., Any]:
     return wraps(f)(own)
 
 
-def compile(f: Any = None, *, donate: bool = True, keep_memory: bool = True, **options: Any) -> Any:
+def compile(
+    f: Any = None,
+    *,
+    donate: bool = True,
+    keep_memory: bool = True,
+    prefetch: bool | None = None,
+    overlap: bool | None = None,
+    **options: Any,
+) -> Any:
     """Compile a train step, a program or a function of tensors as one graph (``fullgraph=True``).
 
     * ``compile(step)`` for a `train_step`: forward, backward, collectives and optimizer in one graph. With `donate` the state that goes
@@ -41,17 +50,24 @@ def compile(f: Any = None, *, donate: bool = True, keep_memory: bool = True, **o
       CPU has the C library keep freed memory for the next one, in the whole process (glibc; see `fds.memory`).
     * ``compile(program)``, or ``compile()`` last in a chain: the program with its call compiled.
 
+    With several ranks, `prefetch` begins the gather of a site while the one before it computes (for the memory of one site more), and `overlap`
+    lets a reduction run behind the computing of the next site (`fds/sharding/schedule.py`). Default: both, where Inductor takes options: its
+    `mode` is not given, nor a ``post_grad_custom_post_pass`` of your own. No bit of a value depends on them.
+
     `options` go to `torch.compile`. Works inside the user's own ``torch.compile(fullgraph=True)`` too, where it steps aside.
 
     Law: values are those of the eager program, to the rounding of fused arithmetic.
+
+    Raises `ValueError` for `prefetch` or `overlap` where Inductor cannot be told.
     """
     from fds.train import TrainStep  # the front of a cycle: a step compiles itself by this function
 
+    shown, options = options, _scheduled(options, prefetch, overlap)
     if f is None or isinstance(f, Program):
         t: Transform = whole(
             lambda p: _compiled_program(p, options),
             name="compile",
-            options=options,
+            options=shown,
             provides=["whole"],
             conflicts=["whole"],
         )
@@ -72,6 +88,22 @@ def _one_graph(f: Callable[..., Any], options: dict[str, Any]) -> Callable[..., 
     if options.get("backend", "inductor") == "inductor" and options.get("mode") is None:
         options = {**options, "options": {"reorder_for_locality": False, **(options.get("options") or {})}}
     return torch.compile(f, fullgraph=True, **options)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _scheduled(options: dict[str, Any], prefetch: bool | None, overlap: bool | None) -> dict[str, Any]:
+    """`options` with the pass that moves collectives, where there is somebody to talk to."""
+    given, key = options.get("options") or {}, "post_grad_custom_post_pass"
+    able = options.get("backend", "inductor") == "inductor" and options.get("mode") is None and key not in given
+    if not able and (prefetch or overlap):
+        raise ValueError(
+            f"compile: prefetch={prefetch}, overlap={overlap} are a pass of Inductor's, as options={{{key!r}: ...}}; leave out backend=, mode= and a pass of your own, or them"
+        )
+    on = {"prefetch": able and prefetch is not False, "overlap": able and overlap is not False}
+    if not any(on.values()) or not dist.is_initialized() or dist.get_world_size() == 1:
+        return options
+    from fds.sharding.schedule import scheduler  # where ranks are, this is imported
+
+    return {**options, "options": {key: scheduler(**on), **given}}
 
 
 def _compiled_program(program: Program, options: dict[str, Any]) -> Program:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fds import tree
-from fds._torch import linear_operator
-from fds.sharding.comms_log import Traffic, observed, record
+from fds._torch import linear_operator, opaque_operator
+from fds.sharding.comms_log import Traffic, listened, observed, record
 from fds.sharding.liveness import explained
 
 __all__ = ["Traffic", "collective", "gather", "process_group", "record", "replicate", "scatter", "total"]
@@ -88,14 +88,15 @@ def _reduce_scatter(out: Tensor, x: Tensor, n: int, group: Any) -> None:
         return
     parts = torch.empty_like(x)
     dist.all_to_all_single(parts, x, group=group)
-    if n == 2 and x.dtype == torch.float32:
+    _add_parts(out, parts, n)
+
+
+def _add_parts(out: Tensor, parts: Tensor, n: int) -> None:
+    if n == 2 and parts.dtype == torch.float32:
         torch.add(parts[: out.numel()], parts[out.numel() :], out=out)
-    else:
-        out.copy_(
-            parts.view(n, -1).sum(
-                0, dtype=torch.float32 if x.is_floating_point() and x.dtype != torch.float64 else x.dtype
-            )
-        )
+        return
+    low = parts.is_floating_point() and parts.dtype != torch.float64
+    out.copy_(parts.view(n, -1).sum(0, dtype=torch.float32 if low else parts.dtype))
 
 
 def _gather_batch(x: Tensor, *c: Any) -> Tensor:
@@ -126,6 +127,66 @@ scatter_op = linear_operator(
     fake=lambda x, n, group, mean: x.new_empty(x.numel() // n),
     transpose=lambda g, n, group, mean: gather_op(g, n, group, mean) / n if mean else gather_op(g, n, group, mean),
     batch=_scatter_batch,
+)
+
+
+# --- gather and scatter, begun and ended apart (schedule.py) ---
+
+_LATER: Any = torch.ops._c10d_functional  # collectives that return at once, and `wait_tensor`
+
+
+def _begin_gather(x: Tensor, n: int, group: str) -> Tensor:
+    with collective("gather", x.expand(n, *x.shape), group):
+        return _timed(_LATER.all_gather_into_tensor(x.contiguous(), n, group))
+
+
+def _begin_scatter(x: Tensor, n: int, group: str) -> Tensor:
+    with collective("scatter", x, group):
+        if x.device.type == "cuda":
+            return _timed(_LATER.reduce_scatter_tensor(x.contiguous(), "sum", n, group))
+        part = [x.numel() // n] * n
+        return _timed(_LATER.all_to_all_single(x.contiguous().view(-1), part, part, group))
+
+
+def _timed(out: Tensor) -> Tensor:
+    """`out`, which a logger has to see the whole latency of."""
+    return _LATER.wait_tensor(out) if listened() else out
+
+
+def _finish(out: Tensor, x: Tensor, after: list[Tensor], name: str) -> None:
+    with explained(name):
+        _LATER.wait_tensor(out)
+
+
+def _reduced(parts: Tensor, n: int, mean: bool) -> Tensor:
+    if parts.device.type == "cuda":  # reduced on the way
+        return parts / n if mean else parts.clone()
+    out = parts.new_empty(parts.numel() // n)
+    _add_parts(out, parts, n)
+    if mean:
+        out /= n
+    return out
+
+
+BEGIN_GATHER = opaque_operator(
+    "begin_gather",
+    "(Tensor x, int n, str group) -> Tensor",
+    _begin_gather,
+    lambda x, n, group: x.new_empty(x.numel() * n),
+)
+BEGIN_SCATTER = opaque_operator(
+    "begin_scatter",
+    "(Tensor x, int n, str group) -> Tensor",
+    _begin_scatter,
+    lambda x, n, group: x.new_empty(x.numel() // (n if x.device.type == "cuda" else 1)),
+)
+# `x` is what is sent, which lives until then; `after` are tensors that have to be there first.
+FINISH = opaque_operator("finish", "(Tensor(a!) out, Tensor x, Tensor[] after, str name) -> ()", _finish)
+REDUCED = opaque_operator(
+    "reduced",
+    "(Tensor parts, int n, bool mean) -> Tensor",
+    _reduced,
+    lambda parts, n, mean: parts.new_empty(parts.numel() // (1 if parts.device.type == "cuda" else n)),
 )
 
 

@@ -94,6 +94,11 @@ def record() -> Iterator[Traffic]:
         _RECORDERS[:] = [t for t in _RECORDERS if t is not traffic]
 
 
+def listened() -> bool:
+    """Whether a logger listens."""
+    return bool(_LOGGERS)
+
+
 @contextlib.contextmanager
 def observed(name: str, nbytes: int, group: str, ranks: Callable[[], Sequence[int]], device: torch.device) -> Iterator[None]:  # fmt: skip
     """Count the collective `name` of a buffer of `nbytes` that runs inside of the block, and time it if a logger asks for it.
