@@ -286,7 +286,8 @@ def io_throughput(result: Json) -> str:
         cells = [f"{row[n]['gb_s']:.2f}" if n in row else "" for n in names]
         ratios = [f"{row['fds']['gb_s'] / row[n]['gb_s']:.2f}x" if n in row else "" for n in ("deepspeed", "fio")]
         rows.append([key, *cells, *ratios])
-    versions = ", ".join(f"{k} {v}" for known in result["versions"].values() for k, v in known.items() if k != "python")
+    found = [f"{k} {v}" for known in result["versions"].values() for k, v in known.items() if k != "python"]
+    versions = ", ".join(dict.fromkeys(found))
     missing = "".join(f" {k} was not measured: {why}." for k, why in result["missing"].items())
     return (
         f"{result['date']}, {m['cpu']}, {m['cores']} cores, Linux {result['kernel'].split('-')[0]}. {versions}. Medians of {result['rounds']} rounds in which all settings take turns; GB/s of each contender's best settings.{missing}\n\n"
