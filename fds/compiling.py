@@ -92,7 +92,8 @@ def _one_graph(f: Callable[..., Any], options: dict[str, Any]) -> Callable[..., 
 
 def _scheduled(options: dict[str, Any], prefetch: bool | None, overlap: bool | None) -> dict[str, Any]:
     """`options` with the pass that moves collectives, where there is somebody to talk to."""
-    given, key = options.get("options") or {}, "post_grad_custom_post_pass"
+    given: dict[str, Any] = options.get("options") or {}
+    key = "post_grad_custom_post_pass"
     able = options.get("backend", "inductor") == "inductor" and options.get("mode") is None and key not in given
     if not able and (prefetch or overlap):
         raise ValueError(

@@ -82,7 +82,7 @@ def order_of_collectives(how):
     program, params = fds.functionalize(module, sites="*")
     train = fds.chain(fds.shard(axis), fds.checkpoint())(program)
     step = fds.train_step(train, fds.optim.sgd(0.1), loss=lambda p, s, b: p(s, b["x"]).square().mean())
-    run = fds.compile(step) if how == "compiled" else step
+    run = fds.compile(step, prefetch=False, overlap=False) if how == "compiled" else step
     names, observed = [], collectives.observed
     collectives.observed = lambda name, *rest: (names.append(name), observed(name, *rest))[1]
     try:
