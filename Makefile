@@ -44,6 +44,7 @@ examples: $(VENV)/ready
 
 bench-train: $(VENV)/ready .venv-peers/ready
 	$(BIN)/python benchmarks/train.py --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/train.py --groups zero-fp32,zero-bf16 --peer-python .venv-peers/bin/python
 	$(BIN)/python benchmarks/report.py
 
 # DeepSpeed's aio_handle is compiled by its first use: libaio and its headers have to be there (and fio, as a third contender).

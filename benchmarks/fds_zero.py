@@ -1,4 +1,4 @@
-"""fds as a contender: ZeRO over the ranks as one compiled step, or the plain compiled step in one process. Options: `stage` (2; default 3), `regather`, `schedule` (of `fds.compile`)."""
+"""fds as a contender: ZeRO over the ranks as one compiled step, or the plain compiled step in one process. Options: `stage` (2; default 3), `regather`."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def build(job: Job) -> Built:
     mesh, tx = fds.sharding.mesh(dp=job.world), fds.optim.adamw(LEARNING_RATE)
     if job.options.get("stage") == 2:  # and 1: gradients are values, which no rank keeps
         tx = fds.optim.sharded(tx, mesh["dp"])
-    step = fds.compile(fds.train_step(_chain(job, mesh)(program), tx), **job.options.get("schedule", {}))
+    step = fds.compile(fds.train_step(_chain(job, mesh)(program), tx))
     state = step.init(params)
     del params, program
     facts: dict[str, Any] = {"optimizer": "fds adamw"}

@@ -306,7 +306,7 @@ def spliced(text: str, name: str, body: str) -> str:
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
 
 
-RENDERERS = {"train": train, "states": states, "offload": offload, "io_throughput": io_throughput}
+RENDERERS = {"train": train, "zero": train, "states": states, "offload": offload, "io_throughput": io_throughput}
 
 
 def main() -> None:

@@ -59,19 +59,14 @@ PROBE = Entry("probe", "machine", "probe:build")
 SHARDED = (
     Entry("fds-keep", "fds ZeRO-3, keep", "fds_zero:build"),
     Entry("fds-regather", "fds ZeRO-3, re-gather and recompute", "fds_zero:build", {"regather": True}),
-    Entry(
-        "fds-still",
-        "fds ZeRO-3, keep, collectives where they stand",
-        "fds_zero:build",
-        {"schedule": {"prefetch": False, "overlap": False}},
-    ),
-    Entry("fds-overlap", "fds ZeRO-3, keep, without prefetch", "fds_zero:build", {"schedule": {"prefetch": False}}),
-    Entry("fds-zero2", "fds ZeRO-1 and 2", "fds_zero:build", {"stage": 2}),
     Entry("deepspeed3", "DeepSpeed ZeRO-3", "peers.deepspeed_zero:build", {"stage": 3}, peer=True),
-    Entry("deepspeed2", "DeepSpeed ZeRO-2", "peers.deepspeed_zero:build", {"stage": 2}, peer=True),
-    Entry("deepspeed1", "DeepSpeed ZeRO-1", "peers.deepspeed_zero:build", {"stage": 1}, peer=True),
     Entry("fsdp2", "torch FSDP2, eager", "peers.fsdp2:build"),
     Entry("fsdp2-compiled", "torch FSDP2, torch.compile", "peers.fsdp2:build", {"compile": "model"}),
+)
+LOWER = (
+    Entry("fds-zero2", "fds ZeRO-1 and 2", "fds_zero:build", {"stage": 2}),
+    Entry("deepspeed2", "DeepSpeed ZeRO-2", "peers.deepspeed_zero:build", {"stage": 2}, peer=True),
+    Entry("deepspeed1", "DeepSpeed ZeRO-1", "peers.deepspeed_zero:build", {"stage": 1}, peer=True),
 )
 SINGLE = (
     Entry("fds", "fds, compiled step", "fds_zero:build"),
@@ -108,6 +103,8 @@ BEHIND = Entry("fds-asynchronous", "fds, a save in the background", "state_work:
 GROUPS = (
     Group("fp32", "33.7M", "fp32", 2, 1, SHARDED, (PROBE,)),
     Group("bf16", "33.7M", "bf16", 2, 1, SHARDED, (PROBE,)),
+    Group("zero-fp32", "33.7M", "fp32", 2, 1, LOWER, (PROBE,), "zero"),
+    Group("zero-bf16", "33.7M", "bf16", 2, 1, LOWER, (PROBE,), "zero"),
     Group("single", "6.5M", "fp32", 1, 2, SINGLE, (PROBE, APPLY)),
     Group("offload", "60M", "fp32", 1, 2, OFFLOAD, (PROBE, Entry("disk", "disk", "offload_work:disk")), "offload"),
     Group("adamw", "60M", "fp32", 1, 2, (), ADAM, "offload"),
@@ -144,11 +141,11 @@ class Contender:
             self.close()
 
     def start(self, warm_up: int) -> None:
-        """Start from nothing, and on the page "train" again with what the first start compiled and cached. The last one stays and is timed."""
+        """Start from nothing, and on the pages "train" and "zero" again with what the first start compiled and cached. The last one stays and is timed."""
         if self.entry in self.group.measures:
             self._build()
             return
-        for kind in ("from_nothing", "again") if self.group.page == "train" else ("from_nothing",):
+        for kind in ("from_nothing", "again") if self.group.page in ("train", "zero") else ("from_nothing",):
             if self.team is not None:
                 self.team.close()
             self.losses, self.others = [], []
