@@ -21,6 +21,7 @@ from torch import Tensor
 
 Directory = str | os.PathLike[str]
 
+_LENGTH = struct.Struct("<Q")  # of the header, in a safetensors file
 _ASIDE = ".writing-"  # begins the names of folders with files that are not finished
 
 
@@ -89,16 +90,30 @@ def tensor_file(path: Path, spec: Mapping[str, Tensor]) -> Iterator[Callable[[st
             raise ValueError(f"{path}: {name} was not given")
 
 
-def tensor_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """The header of a safetensors file of tensors by name, dtype and shape: its length in 8 bytes, then JSON, padded to a multiple of 8."""
+def tensor_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]], multiple: int = 8) -> bytes:
+    """The header of a safetensors file of tensors by name, dtype and shape: its length in 8 bytes, then JSON, padded to a multiple."""
     found, at = dict[str, Any](__metadata__={"format": "pt"}), 0
     for name, dtype, shape in entries:
         size = math.prod(shape) * dtype.itemsize
         found[name] = {"dtype": _dtype_name(dtype), "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(found).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    text += b" " * (-(_LENGTH.size + len(text)) % multiple)
+    return _LENGTH.pack(len(text)) + text
+
+
+def tensor_places(path: Path) -> dict[str, tuple[int, int]]:
+    """Where a safetensors file has each tensor: from which byte of the file to which. `ValueError` if it is no such file."""
+    with open(path, "rb") as f:
+        start = f.read(_LENGTH.size)
+        (length,) = _LENGTH.unpack(start) if len(start) == _LENGTH.size else (0,)
+        text = f.read(length) if 0 < length <= path.stat().st_size else b""
+    try:
+        entries = json.loads(text)
+        at = _LENGTH.size + length
+        return {k: (at + e["data_offsets"][0], at + e["data_offsets"][1]) for k, e in entries.items() if k != "__metadata__"}  # fmt: skip
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path}: not a safetensors file: its header is damaged ({error!r})") from None
 
 
 def _dtype_name(dtype: torch.dtype, known: dict[torch.dtype, str] = {}) -> str:  # noqa: B006 (a cache)

@@ -2,14 +2,18 @@
 
 DCP plans who writes what (a piece that several ranks hold is written by one) and which pieces answer a read under another layout. Its own
 files have a pickle in them, and its safetensors writer takes one piece of a leaf per file and holds a file in memory, so planners and
-storage are these: every rank streams its pieces, one after the other, into one safetensors file that any reader of the format can open;
+storage are these: every rank streams its pieces past the page cache into one safetensors file that any reader of the format can open;
 ``manifest.json`` says which box of which leaf each is, with its CRC-32.
 """
 
+import itertools
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +33,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
+from torch.futures import Future as TorchFuture
 
-from fds.files import flush_folder, rank, tensor_bytes, tensor_header
+from fds.files import flush_folder, rank, tensor_bytes, tensor_header, tensor_places
 from fds.layout import Box
 from fds.offload import handles
+from fds.offload.aio import Engine, empty
+from fds.offload.blocks import ALIGN
 from fds.state_entries import CARRIED, Entry
 
 MANIFEST = "manifest.json"
+AHEAD = 64 << 20  # bytes of pieces on their way to the disk, or from it, besides the one at hand
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
@@ -46,6 +53,26 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 def checksum(x: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
     return zlib.crc32(tensor_bytes(x))
+
+
+class _Coming:
+    """Requests of an engine that are not done, the first one first, and what to do when each is."""
+
+    def __init__(self) -> None:
+        self.requests, self.nbytes = deque[tuple[int, Future[Any], Callable[[], None] | None]](), 0
+
+    def add(self, nbytes: int, future: Future[Any], then: Callable[[], None] | None = None) -> None:
+        self.requests.append((nbytes, future, then))
+        self.nbytes += nbytes
+
+    def wait(self, most: int) -> None:
+        """Until fewer bytes than that are on their way. Raises errors."""
+        while self.requests and self.nbytes >= most:
+            nbytes, future, then = self.requests.popleft()
+            future.result()
+            self.nbytes -= nbytes
+            if then is not None:
+                then()
 
 
 # --- writing ---
@@ -130,21 +157,29 @@ class Writer(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return False  # folders are given to the constructor
 
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        done: Future[list[WriteResult]] = Future()
-        results, file = list[WriteResult](), f"rank-{rank():05d}.safetensors"
-        if plan.items:
-            with open(self.folder / file, "wb") as f:
-                f.write(_header(plan.items))
-                for item in plan.items:
-                    x: Any = planner.resolve_data(item)
-                    f.write(tensor_bytes(x))
-                    results.append(WriteResult(item.index, x.nbytes, Written(file, _key(item), checksum(x))))
-                    del x  # before the next one is read
-                f.flush()
-                os.fsync(f.fileno())
-        done.set_result(results)
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> TorchFuture[list[WriteResult]]:
+        done: TorchFuture[list[WriteResult]] = TorchFuture()
+        done.set_result(list(self._write(f"rank-{rank():05d}.safetensors", plan.items, planner)) if plan.items else [])
         return done
+
+    def _write(self, file: str, items: list[WriteItem], planner: dcp.SavePlanner) -> Iterator[WriteResult]:
+        """Write a file. While a piece is on its way, its checksum is computed and the next one is made."""
+        path, coming = self.folder / file, _Coming()
+        items = sorted(items, key=_is_ragged)  # whole pages first: so they stay at the beginning of pages
+        head = _header(items)
+        with open(path, "wb") as f, Engine(say=False) as engine:
+            f.write(head)
+            f.flush()
+            at = len(head)
+            for item in items:
+                x: Any = planner.resolve_data(item)
+                coming.add(x.nbytes, engine.write(path, x, offset=at))
+                at += x.nbytes
+                yield WriteResult(item.index, x.nbytes, Written(file, _key(item), checksum(x)))
+                del x  # as soon as it is written
+                coming.wait(AHEAD)
+            coming.wait(0)
+            os.fsync(f.fileno())
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         where = {r.index: r.storage_data for each in results for r in each}
@@ -179,12 +214,31 @@ def _key(item: WriteItem) -> str:
 
 
 def _header(items: list[WriteItem]) -> bytes:
-    """The header of a safetensors file with these pieces."""
+    """The header of a safetensors file with these pieces, whole pages long."""
     data: list[Any] = [item.tensor_data for item in items]
-    return tensor_header((_key(i), d.properties.dtype, d.chunk.sizes) for i, d in zip(items, data, strict=True))
+    return tensor_header(
+        ((_key(i), d.properties.dtype, d.chunk.sizes) for i, d in zip(items, data, strict=True)), ALIGN
+    )
+
+
+def _is_ragged(item: WriteItem) -> bool:
+    data: Any = item.tensor_data
+    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize % ALIGN != 0
 
 
 # --- reading ---
+
+
+@attrs.frozen
+class Piece(Written):
+    """Where a piece is, and what."""
+
+    dtype: torch.dtype
+    sizes: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        return self.sizes.numel() * self.dtype.itemsize
 
 
 class Reader(StorageReader):
@@ -192,9 +246,8 @@ class Reader(StorageReader):
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.pieces: dict[MetadataIndex, Written] = {}
-        self.files: dict[str, Any] = {}
-        self.last: tuple[Written, Tensor] | None = None
+        self.pieces: dict[MetadataIndex, Piece] = {}
+        self.files: dict[str, dict[str, tuple[int, int]]] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing to forget: a reader reads once."""
@@ -202,10 +255,12 @@ class Reader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         leaves = dict[str, Any]()
         for name, leaf in self.manifest["leaves"].items():
-            chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for _, _, o, s, _ in leaf["pieces"]]
-            properties = TensorProperties(getattr(torch, leaf["dtype"]))
-            leaves[name] = TensorStorageMetadata(properties, torch.Size(leaf["shape"]), chunks)
-            self.pieces |= {MetadataIndex(name, o): Written(file, key, crc) for file, key, o, _, crc in leaf["pieces"]}
+            dtype: torch.dtype = getattr(torch, leaf["dtype"])
+            chunks = list[ChunkStorageMetadata]()
+            for file, key, offsets, sizes, crc in leaf["pieces"]:
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                self.pieces[MetadataIndex(name, offsets)] = Piece(file, key, crc, dtype, torch.Size(sizes))
+            leaves[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(leaf["shape"]), chunks)
         return Metadata(leaves)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -221,33 +276,52 @@ class Reader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return False  # folders are given to the constructor
 
-    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            x = self._piece(self.pieces[item.storage_index], item.storage_index)
-            for d, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                x = x.narrow(d, start, length)
-            target = planner.resolve_tensor(item)
-            target.copy_(x)
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> TorchFuture[None]:
+        coming = _Coming()
+        with Engine(say=False) as engine:
+            for index, items in itertools.groupby(plan.items, key=lambda item: item.storage_index):
+                self._read(index, list(items), planner, engine, coming)
+                coming.wait(AHEAD)
+            coming.wait(0)
+        done: TorchFuture[None] = TorchFuture()
         done.set_result(None)
         return done
 
-    def _piece(self, where: Written, index: MetadataIndex) -> Tensor:
-        if self.last is not None and self.last[0] == where:
-            return self.last[1]
-        path = self.folder / where.file
-        x: Tensor = self._open(path).get_tensor(where.key)
-        if checksum(x) != where.crc:
+    def _read(self, index: MetadataIndex, items: list[Any], planner: Any, engine: Engine, coming: _Coming) -> None:
+        """Read a piece: to where it belongs, if that is one place in host memory."""
+        piece = self.pieces[index]
+        path, at = self.folder / piece.file, self._place(piece)
+        target = planner.resolve_tensor(items[0])
+        direct = items[0].lengths == piece.sizes and target.device.type == "cpu" and target.is_contiguous()
+        x = target if direct else empty(piece.nbytes).view(piece.dtype).view(piece.sizes)
+
+        def arrived() -> None:
+            if checksum(x) != piece.crc:
+                raise ValueError(
+                    f"{path}: {index.fqn!r} at {list(index.offset or ())} is not what was written (CRC-32 {checksum(x):08x}, {piece.crc:08x} expected); the file was altered: take an older save"
+                )
+            for item in items:
+                target = planner.resolve_tensor(item)
+                if not direct:
+                    target.copy_(
+                        x[tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))]
+                    )
+                planner.commit_tensor(item, target)
+
+        coming.add(piece.nbytes, engine.read(path, x, offset=at), arrived)
+
+    def _place(self, piece: Piece) -> int:
+        """Where a piece begins in its file."""
+        path = self.folder / piece.file
+        start, stop = self._open(path).get(piece.key, (0, 0))
+        if stop - start != piece.nbytes:
             raise ValueError(
-                f"{path}: {index.fqn!r} at {list(index.offset or ())} is not what was written (CRC-32 {checksum(x):08x}, {where.crc:08x} expected); the file was altered: take an older save"
+                f"{path}: {stop - start} bytes of {piece.key!r}, {piece.nbytes} expected; the file was altered: take an older save"
             )
-        self.last = where, x
-        return x
+        return start
 
-    def _open(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
+    def _open(self, path: Path) -> dict[str, tuple[int, int]]:
+        """Where the file has each piece."""
         if path.name not in self.files:
             expected = self.manifest["files"].get(path.name)
             if not path.is_file() or path.stat().st_size != expected:
@@ -255,12 +329,7 @@ class Reader(StorageReader):
                 raise ValueError(
                     f"{path}: {got}, {expected} bytes expected; the file is truncated or was replaced: take an older save"
                 )
-            try:
-                self.files[path.name] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ValueError(
-                    f"{path}: not a safetensors file ({error}); it was altered: take an older save"
-                ) from None
+            self.files[path.name] = tensor_places(path)
         return self.files[path.name]
 
 

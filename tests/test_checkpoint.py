@@ -17,6 +17,12 @@ def logits(model, rows):
         return model(**rows).logits
 
 
+def same(again, model, rows):
+    """Weights bitwise; results not: transformers may choose another implementation of experts, and matrix products depend on alignment."""
+    assert all(torch.equal(x, again.state_dict()[k]) for k, x in model.state_dict().items())
+    torch.testing.assert_close(logits(again, rows), logits(model, rows), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("size", [2_000_000_000, 20_000])
 def test_transformers_loads_what_we_save(tmp_path, family, size):
@@ -26,7 +32,7 @@ def test_transformers_loads_what_we_save(tmp_path, family, size):
     fds.save(tmp_path, train, train.place(params), max_shard_size=size)
     assert (tmp_path / "model.safetensors").exists() == (size > 1_000_000)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(again, zoo.batch(family)), logits(model, zoo.batch(family)))
+    same(again, model, zoo.batch(family))
     for k, v in fds.load(tmp_path, program).items():
         assert torch.equal(v, params[k]), k
 
@@ -59,7 +65,7 @@ def test_every_mesh_exports_the_same_model(tmp_path, family):
         ranks.run(n, exported, str(tmp_path), family, name)  # over the files of the one before
         assert (tmp_path / "model.safetensors.index.json").exists()
         again = type(model).from_pretrained(tmp_path).eval()
-        assert torch.equal(logits(again, rows), logits(model, rows)), (n, name)
+        same(again, model, rows)
 
 
 def failing_export(directory):

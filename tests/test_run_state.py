@@ -258,7 +258,8 @@ def test_a_rank_writes_its_part_once_and_other_readers_open_it(tmp_path):
 
 
 def test_one_piece_at_a_time(tmp_path, monkeypatch):
-    """No rank holds more than its part and one leaf: nothing larger than a leaf is made for writing, and a piece is gone when the next comes."""
+    """No rank holds more than its part, a leaf and `AHEAD`: nothing larger than a leaf is made for writing, and without `AHEAD` a piece is
+    gone when the next comes."""
     import weakref
 
     from fds import state_files
@@ -277,6 +278,7 @@ def test_one_piece_at_a_time(tmp_path, monkeypatch):
 
             return run
 
+        monkeypatch.setattr(state_files, "AHEAD", 0)
         monkeypatch.setattr(state_files.Saver, "resolve_data", watched(state_files.Saver.resolve_data))
         fds.save_state(tmp_path / "state", step, state)
         assert len(alive) > 20
@@ -284,8 +286,8 @@ def test_one_piece_at_a_time(tmp_path, monkeypatch):
         monkeypatch.setattr(
             state_files, "checksum", lambda x, f=state_files.checksum: alive.append(weakref.ref(x)) or f(x)
         )
-        pieces = state_files.Reader._piece
-        monkeypatch.setattr(state_files.Reader, "_piece", lambda *a: (sum(r() is not None for r in alive) <= 1 or pytest.fail(), pieces(*a))[1])  # fmt: skip
+        read = state_files.Reader._read
+        monkeypatch.setattr(state_files.Reader, "_read", lambda *a: (any(r() is not None for r in alive) and pytest.fail(), read(*a))[1])  # fmt: skip
         assert equal(fds.load_state(tmp_path / "state", step), state) and len(alive) > 20
 
 

@@ -222,9 +222,9 @@ class _Submitter:
 class _Pool:
     """All that works for one engine. It does not know the engine, so that one which nobody has any more can go."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, say: bool) -> None:
         self.settings, self.process = settings, os.getpid()
-        self.notes = Notes()
+        self.notes = Notes(say)
         self.turn = 0
         self.requests: SimpleQueue[Request | None] = SimpleQueue()
         self.submitters = [_Submitter(settings, f"fds-aio-{i}") for i in range(settings.thread_count)]
@@ -292,6 +292,8 @@ class Engine:
     future runs in a thread of the engine and must not wait for another. An error of a write is raised by its future; if nobody asked
     the future by then, by the next call and by `close`. After an error the bytes of that request are undefined.
 
+    say: warn, once for each file system, where direct I/O is refused.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, Engine() as engine:
     ...     engine.write(f"{folder}/x", torch.arange(3)).result()
@@ -300,9 +302,9 @@ class Engine:
     tensor([1, 2])
     """
 
-    def __init__(self, settings: Settings = _DEFAULT) -> None:
+    def __init__(self, settings: Settings = _DEFAULT, *, say: bool = True) -> None:
         self.settings = settings
-        self._pool = _Pool(settings)
+        self._pool = _Pool(settings, say)
         self._lock = threading.Lock()
         self._closed = False
         atexit.register(self._pool.drain)  # a write that was accepted is carried out, even if nobody waits

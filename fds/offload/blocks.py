@@ -52,7 +52,8 @@ class Outcome(Future[T]):
 class Notes:
     """What an engine remembers of requests that are over."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: bool) -> None:
+        self.say = say
         self.failed: deque[Outcome[Any]] = deque()  # writes
         self.buffered: set[int] = set()  # file systems that refuse direct I/O, and of which that was said
 
@@ -170,7 +171,7 @@ class Request:
         """Do the blocks to come in this way too, and say so once if direct I/O is given up."""
         with self.lock:
             self.way = max(self.way, way)
-            said = way != _BUFFERED or self.device in self.notes.buffered
+            said = way != _BUFFERED or self.device in self.notes.buffered or not self.notes.say
             self.notes.buffered |= {self.device} if way == _BUFFERED else set()
         if not said:
             warnings.warn(
@@ -220,9 +221,9 @@ class Request:
             except OSError as error:  # network file systems report a failed write here
                 self.fail(self.failure(error, self.offset + self.size))
         # An error's traceback has this object: it shall not keep the buffer too.
-        tensor, self.tensor, self.view = self.tensor, None, memoryview(b"")
+        result, self.tensor, self.view = self.size if self.write else self.tensor, None, memoryview(b"")
         if self.error is None:
-            self.future.set_result(self.size if self.write else tensor)
+            self.future.set_result(result)
         else:
             if self.write:
                 self.notes.failed.append(self.future)
