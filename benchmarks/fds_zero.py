@@ -13,14 +13,19 @@ from fds.sharding import collectives
 
 def build(job: Job) -> Built:
     """The step of the README. Keep: gathered weights stay for backward. Re-gather: they come again, and blocks are recomputed."""
-    program, params = fds.functionalize(llama(job))
-    mesh, tx = fds.sharding.mesh(dp=job.world), fds.optim.adamw(LEARNING_RATE)
+    model, tx = llama(job), fds.optim.adamw(LEARNING_RATE)
+    mesh = fds.sharding.mesh(dp=job.world)
+    facts: dict[str, Any] = {"optimizer": "fds adamw"}
     if job.options.get("stage") == 2:  # and 1: gradients are values, which no rank keeps
+        if job.low:  # DeepSpeed's way too: bfloat16 on every rank, 1/n of the float32 masters
+            tx = fds.optim.with_master(tx)
+            for p in model.parameters():
+                p.data = p.data.to(torch.bfloat16)
         tx = fds.optim.sharded(tx, mesh["dp"])
+    program, params = fds.functionalize(model)
     step = fds.compile(fds.train_step(_chain(job, mesh)(program), tx))
     state = step.init(params)
-    del params, program
-    facts: dict[str, Any] = {"optimizer": "fds adamw"}
+    del model, params, program
 
     def run(ids: Tensor) -> float:
         nonlocal state
@@ -33,9 +38,9 @@ def build(job: Job) -> Built:
 
 
 def _chain(job: Job, mesh: Any) -> Any:
-    whole = job.world == 1 or job.options.get("stage") == 2
-    parts = [] if whole else [fds.shard(mesh["dp"])]
-    parts += [fds.cast(torch.bfloat16)] if job.low else []
+    lower = job.options.get("stage") == 2
+    parts = [] if lower or job.world == 1 else [fds.shard(mesh["dp"])]
+    parts += [fds.cast(torch.bfloat16)] if job.low and not lower else []
     parts += [fds.checkpoint()] if job.options.get("regather") else []
     return fds.chain(*parts)
 

@@ -8,6 +8,7 @@ Prints the plan before it starts, and how much of the reading and writing hid be
 import argparse
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,23 +21,21 @@ from fds.offload.plan import plan
 
 
 def model(width: int, layers: int) -> LlamaForCausalLM:
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": 3 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-    }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes, max_position_embeddings=128))
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=256, num_hidden_layers=layers, max_position_embeddings=128, **sizes)
+    return LlamaForCausalLM(config)
 
 
-def draw(events: list, name: str) -> None:
-    """A row each for writing, reading, and waiting for either; where it does not wait, the step computes."""
-    start, figure = min(e.start for e in events), Figure(figsize=(10, 2.4), layout="constrained")
+def draw(events: list, begun: float, ended: float, name: str) -> None:
+    """A row each for writing, reading, waiting for either, and computing, which is what the step does when it does not wait."""
+    rows = {k: [(e.start - begun, e.stop - begun) for e in events if e.kind == k] for k in ("write", "read", "wait")}
+    edges = [(0, 0), *sorted(rows["wait"]), (ended - begun, ended - begun)]
+    rows["compute"] = [(a, b) for (_, a), (b, _) in pairwise(edges)]
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
     axes = figure.subplots()
-    for row, (kind, color) in enumerate({"write": "tab:orange", "read": "tab:blue", "wait": "tab:red"}.items()):
-        spans = [(e.start - start, e.stop - e.start) for e in events if e.kind == kind]
-        axes.broken_barh(spans, (row, 0.8), color=color, linewidth=0)
-    axes.set_yticks([0.4, 1.4, 2.4], ["writing", "reading", "waiting for either"])
+    for row, (kind, color) in enumerate({"write": "orange", "read": "blue", "wait": "red", "compute": "green"}.items()):
+        axes.broken_barh([(a, b - a) for a, b in rows[kind]], (row, 0.8), color=f"tab:{color}", linewidth=0)
+    axes.set_yticks([0.4, 1.4, 2.4, 3.4], ["writing", "reading", "waiting for either", "computing"])
     axes.set_xlabel("seconds of one step")
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(name, dpi=120)
@@ -65,11 +64,12 @@ def main() -> None:
             begun = time.perf_counter()
             with record() as events:
                 state, metrics = step(state, batch)
-            print(f"step {i}: loss {float(metrics['loss']):.3f}, {time.perf_counter() - begun:.2f} s")
+            ended = time.perf_counter()
+            print(f"step {i}: loss {float(metrics['loss']):.3f}, {ended - begun:.2f} s")
         took = {k: sum(e.stop - e.start for e in events if e.kind == k) for k in ("read", "write", "wait")}
         disk = took["read"] + took["write"]
         print(f"{disk:.2f} s of reading and writing, {max(0, 1 - took['wait'] / disk):.0%} of it behind computing")
-        draw(events, args.out)
+        draw(events, begun, ended, args.out)
 
 
 if __name__ == "__main__":

@@ -134,9 +134,8 @@ def empty(n_bytes: int) -> Tensor:
     if slack and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
-    start = -whole.data_ptr() % slack if slack else 0
-    return whole[start : start + n_bytes]
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % slack if slack else 0
+    return torch.frombuffer(memory, dtype=torch.uint8, count=n_bytes, offset=start)  # keeps `memory` alive
 
 
 class _Submitter:

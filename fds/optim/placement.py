@@ -7,20 +7,21 @@ import torch
 from torch import Tensor
 
 from fds import tree
+from fds._torch import opaque_operator
 from fds.layout import Part
 from fds.optim.base import Axis, Member, Norm, Optimizer, check_like
 from fds.sharding import collectives
 from fds.sharding.zero import pieces, shard_boxes, shard_of
 
 
-def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**28) -> Optimizer:
+def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25) -> Optimizer:
     """Keep 1/n of the state on each of the n ranks, for parameters that every rank holds whole (ZeRO-1; with the reduced gradients, ZeRO-2).
 
     Gradients come in local to the rank (of its own mean loss) and are reduce-scattered to their mean, one flat shard per dtype; the rank
     updates its shard, and the updates are gathered. Traffic: 2 x parameters per step.
     Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 
-    `bucket_bytes`: of a message, and so of the copy of gradients or updates that a step makes for the wire.
+    `bucket_bytes`: of a message, and so of the copy of gradients or parameters that a step makes for the wire.
 
     Law: the size of buckets changes no bit. What a rank holds does not depend on it.
 
@@ -58,6 +59,10 @@ def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**28) -> Optimize
         done = None if tx.step is None else tx.step(grads, state, mine, norm=norm, ok=ok, donated=donated)
         if done is None:
             return None
+        if donated and all(x.is_contiguous() for x in tree.leaves(params)):
+            for k, leaves in _by_dtype(params).items():
+                _gather_into(leaves, done[0][k], axis, bucket_bytes)
+            return params, done[1]
         return _unflat({k: _gathered(v, axis, bucket_bytes) for k, v in done[0].items()}, params), done[1]
 
     def members(params: Any) -> list[Member]:
@@ -123,6 +128,27 @@ def _gathered(shard: Tensor, axis: Axis, bucket_bytes: int) -> Tensor:
     for a, b in buckets:
         out[:, a:b] = collectives.gather(shard[a:b], axis).view(axis.size, -1)
     return out.view(-1)
+
+
+def _gather_into(leaves: list[Tensor], shard: Tensor, axis: Axis, bucket_bytes: int) -> None:
+    """Write the ranks' shards over the leaves that they are the concatenation of: nothing is there twice but a message."""
+    for a, b in _buckets(shard.numel(), shard.element_size(), axis, bucket_bytes):
+        _fill(leaves, collectives.gather(shard[a:b], axis).view(axis.size, b - a), a, shard.numel())
+
+
+def _fill_leaves(leaves: list[Tensor], message: Tensor, start: int, size: int) -> None:
+    """Row r of a message [ranks, width] is what rank r's shard, of `size` elements, has from `start` on."""
+    with torch.no_grad():
+        for r, row in enumerate(message):
+            at = 0
+            for piece in pieces(leaves, r * size + start, r * size + start + len(row)):  # behind the last leaf, padding
+                piece.copy_(row[at : at + len(piece)])
+                at += len(piece)
+
+
+_fill = opaque_operator(
+    "fill_leaves", "(Tensor(a!)[] leaves, Tensor message, SymInt start, SymInt size) -> ()", _fill_leaves
+)
 
 
 def _unflat(flat: dict[str, Tensor], params: Any) -> Any:
