@@ -107,7 +107,7 @@ def load_state(directory: Directory, step: TrainStep, *, tag: str | None = None)
     """The newest state that `save_state` wrote to a directory (or the one called `tag`), laid out as `step` wants it.
 
     The step's mesh, `shard`, `replicate`, `offload`, `checkpoint` and the placement of its optimizer are its own; the model, all other
-    transformations and the optimizer are those that the state was saved under. A rank reads the pieces that it needs, one at a time.
+    transformations and the optimizer are those that the state was saved under. A rank reads the pieces that it needs, at most 64 MiB ahead.
 
     Raises:
         ValueError: no such save; another chain; leaves missing, surplus or of another shape or dtype; a truncated or altered file.
