@@ -1,4 +1,4 @@
-"""fds as a contender: ZeRO over the ranks as one compiled step, or the plain compiled step in one process. Options: `stage` (2; default 3), `regather`."""
+"""fds as a contender: ZeRO over the ranks as one compiled step, or the plain compiled step in one process. Options: `stage` (2; default 3), `regather`, `keep_memory`."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def build(job: Job) -> Built:
                 p.data = p.data.to(torch.bfloat16)
         tx = fds.optim.sharded(tx, mesh["dp"])
     program, params = fds.functionalize(model)
-    step = fds.compile(fds.train_step(_chain(job, mesh)(program), tx))
+    step = fds.compile(fds.train_step(_chain(job, mesh)(program), tx), keep_memory=job.options.get("keep_memory", True))
     state = step.init(params)
     del model, params, program
 

@@ -65,6 +65,9 @@ SHARDED = (
 )
 LOWER = (
     Entry("fds-zero2", "fds ZeRO-1 and 2", "fds_zero:build", {"stage": 2}),
+    Entry(
+        "fds-zero2-lean", "fds ZeRO-1 and 2, keep_memory=False", "fds_zero:build", {"stage": 2, "keep_memory": False}
+    ),
     Entry("deepspeed2", "DeepSpeed ZeRO-2", "peers.deepspeed_zero:build", {"stage": 2}, peer=True),
     Entry("deepspeed1", "DeepSpeed ZeRO-1", "peers.deepspeed_zero:build", {"stage": 1}, peer=True),
 )
