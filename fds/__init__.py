@@ -5,12 +5,13 @@ from fds.checkpoint import load, load_adapters, save, save_adapters
 from fds.compiling import compile
 from fds.frame import with_seed, with_updates
 from fds.functional import functionalize
-from fds.generate import decode, generate
 from fds.grad import value_and_grad
+from fds.inference.engine import default_inference_config, init_inference
+from fds.inference.generate import generate
 from fds.initial import init_params
 from fds.lora import fuse_lora, lora
 from fds.offload import FileStore, HostStore, StoreError, offload
-from fds.precision import cast
+from fds.precision import cast, freeze
 from fds.program import Lens, Program
 from fds.quantize import quantize_frozen
 from fds.remat import checkpoint
@@ -37,11 +38,13 @@ __all__ = [
     "chain",
     "checkpoint",
     "compile",
-    "decode",
+    "default_inference_config",
+    "freeze",
     "functionalize",
     "fuse_lora",
     "generate",
     "init_distributed",
+    "init_inference",
     "init_params",
     "launch",
     "load",

@@ -16,7 +16,7 @@ from fds.tree import Params
 
 
 @direct
-def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transform:
+def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = (), stored: bool = False) -> Transform:
     """Compute with parameters in `dtype`; what is stored stays as it was, so the master weights are the stored ones.
 
     Gradients come back in the stored dtype. Outside of `shard` (later in the chain) the wire carries `dtype`; inside of it, the stored
@@ -25,12 +25,14 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transfo
     Args:
         dtype: a floating dtype or its name, ``"bfloat16"``.
         keep: patterns of leaves that stay in the stored dtype (``"*norm*"``).
+        stored: store `dtype` as well, as serving does; to train, see `optim.with_master`. Then `restore` gives the rounded values.
 
-    Law: `restore` is exact; `get` declares the dtype's epsilon as tolerance.
+    Law: `restore` is exact, but with `stored`; `get` declares the dtype's epsilon as tolerance.
     """
     dtype = _dtype(dtype)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), **({"keep": keep} if keep else {})}
+    options |= {"stored": True} if stored else {}
 
     def make(spec: Params) -> Lens | None:
         changed = {
@@ -41,10 +43,14 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transfo
         if not changed:
             return None
 
-        def get(stored: Params) -> Params:
-            return {k: v.to(dtype) if k in changed else v for k, v in stored.items()}
+        def low(params: Params) -> Params:
+            return {k: v.to(dtype) if k in changed else v for k, v in params.items()}
 
-        return Lens(put=same, get=get, restore=same, tol=torch.finfo(dtype).eps, layout=same)
+        def wide(params: Params) -> Params:
+            return {k: v.to(spec[k].dtype) for k, v in params.items()}
+
+        put, get, restore = (low, same, wide) if stored else (same, low, same)
+        return Lens(put=put, get=get, restore=restore, tol=torch.finfo(dtype).eps, layout=same)
 
     def check(program: Program) -> None:
         if keep:
@@ -57,6 +63,22 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = ()) -> Transfo
     lens = through(make, name="cast", options=options, conflicts=["whole"], check=check)
     inputs = around(lambda apply: _cast_inputs(apply, dtype), name="cast", scope="root")
     return attrs.evolve(lens, wrap=inputs.wrap, scope="root")
+
+
+@direct
+def freeze() -> Transform:
+    """The same program with nothing trainable, as serving has it.
+
+    >>> import fds
+    >>> program, _ = fds.functionalize(torch.nn.Linear(2, 2))
+    >>> [x.requires_grad for x in freeze(program).spec[""].values()]
+    [False, False]
+    """
+
+    def make(spec: Params) -> Lens:
+        return Lens(put=lambda p: {k: v.detach() for k, v in p.items()}, get=same, restore=same, layout=same)
+
+    return through(make, name="freeze", conflicts=["whole"])
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

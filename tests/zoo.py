@@ -43,11 +43,26 @@ FAMILIES = {
     "convnet": (ConvNet, "head"),
 }  # fmt: skip
 
+_EAGER = dict(attn_implementation="eager")
+# For serving alone, beside those above.
+SERVED = {
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_BASE)),
+    "qwen2-sliding": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_BASE, use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    "llama3": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_BASE, rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16})),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_BASE, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, **_EAGER)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_BASE, sliding_window=8)),
+    "gptj": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4, **_IDS)),
+    "gpt-neo": lambda: tf.GPTNeoForCausalLM(tf.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8, max_position_embeddings=128, **_IDS)),
+    "gpt-neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=128, **_IDS)),
+    "falcon-alibi": lambda: tf.FalconForCausalLM(tf.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, **_IDS)),
+    "qwen3-moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**_BASE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, experts_implementation="batched_mm")),
+}  # fmt: skip
+
 
 def build(family, *, training=False):
     """The model of a family, always with the same weights."""
     torch.manual_seed(0)
-    model = FAMILIES[family][0]().train(training)
+    model = (SERVED[family] if family in SERVED else FAMILIES[family][0])().train(training)
     with torch.no_grad():  # no leaf may be zero or one throughout: such a leaf hides a wrong gradient
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape))

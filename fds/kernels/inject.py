@@ -79,20 +79,33 @@ class _Use:
         raise ValueError(f"kernels.use({self.name!r}): which modules? as in at('*norm', use({self.name!r}))")
 
     def bind(self, core: Any, path: str) -> Callable[[Apply], Apply]:
-        module = core.module.get_submodule(path)
-        names = {n: core.first_name(f"{path}.{n}") for n, _ in module.named_parameters()}
-        call = next(
-            (c for form in _FORMS[self.name] if (c := form(module)) and _agrees(core, path, module, names, c)), None
-        )
+        call, names = _call(self.name, core, path)
         if call is None:
             raise ValueError(
-                f"kernels.use({self.name!r}): {path} ({type(module).__name__}) computes something else; narrow the pattern of at(...) to the modules that it fits"
+                f"kernels.use({self.name!r}): {path} ({type(core.module.get_submodule(path)).__name__}) computes something else; narrow the pattern of at(...) to the modules that it fits"
             )
 
         def run(leaves: dict[str, Tensor], x: Tensor) -> Tensor:
             return call({n: leaves[full] for n, full in names.items()}, x)
 
         return lambda apply: run
+
+
+def _call(name: str, core: Any, path: str) -> tuple[Call | None, dict[str, str]]:
+    """The form of an operator that gives a module's values, and the names of the module's leaves."""
+    module = core.module.get_submodule(path)
+    names = {n: core.first_name(f"{path}.{n}") for n, _ in module.named_parameters()}
+    forms = (form(module) for form in _FORMS[name])
+    return next((c for c in forms if c and _agrees(core, path, module, names, c)), None), names
+
+
+def fits(name: str, core: Any, path: str) -> str:
+    """Why operator `name` cannot take the place of the module at `path`; empty if it can."""
+    module, (call, _) = core.module.get_submodule(path), _call(name, core, path)
+    if call is not None:
+        return ""
+    kind = type(module).__name__
+    return f"{kind} has no parameters" if not list(module.parameters()) else f"{kind} gives other values than {name}"
 
 
 def _agrees(core: Any, path: str, module: nn.Module, names: dict[str, str], call: Call) -> bool:

@@ -1,0 +1,33 @@
+"""Serving: key-value caches, decoding, sampling, rules that put operators into models, and an engine by DeepSpeed's settings."""
+
+from fds.inference.cache import CacheConfig
+from fds.inference.config import InferenceConfig
+from fds.inference.decoding import Decoding
+from fds.inference.engine import InferenceEngine, default_inference_config, init_inference
+from fds.inference.generate import Generated, Sampling, generate
+from fds.inference.policies import (
+    INFERENCE_GENERIC_MODE,
+    INFERENCE_SPECIALIZED_MODE,
+    policies,
+    replace_transformer_layer,
+    report,
+    revert_transformer_layer,
+)
+
+__all__ = [
+    "INFERENCE_GENERIC_MODE",
+    "INFERENCE_SPECIALIZED_MODE",
+    "CacheConfig",
+    "Decoding",
+    "Generated",
+    "InferenceConfig",
+    "InferenceEngine",
+    "Sampling",
+    "default_inference_config",
+    "generate",
+    "init_inference",
+    "policies",
+    "replace_transformer_layer",
+    "report",
+    "revert_transformer_layer",
+]

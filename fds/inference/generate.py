@@ -1,0 +1,292 @@
+"""`generate`: prompts in, tokens out. One pure step for prefill, one for a token, both compiled, and no waiting for the device in between."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import attrs
+import torch
+from torch import Tensor
+
+from fds import tree
+from fds.compiling import traced
+from fds.inference import cache as caches
+from fds.inference.cache import CacheConfig
+from fds.inference.decoding import Decoding
+from fds.lowering import few_rows
+from fds.program import Program
+from fds.randomness import mix
+
+_ROOM = 64  # caches and compiled prompts grow in steps of this many tokens, so that nearby lengths share graphs
+_EVERY = 16  # tokens from one look at what is still running to the next, where looking means waiting
+
+
+@attrs.frozen
+class Sampling:
+    """How tokens are chosen from logits. In this order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    temperature: 0 is greedy. top_k: 0 is no limit. top_p, min_p: see `fds.kernels.sample`.
+    repetition_penalty: logits of tokens that a row has had are divided by it where positive, multiplied where negative (Keskar et al. 2019,
+    arXiv:1909.05858). 1: none.
+
+    Raises `ValueError` for a number out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __attrs_post_init__(self) -> None:
+        for name, value, fine, want in (
+            ("temperature", self.temperature, 0.0 <= self.temperature < float("inf"), ">= 0 and finite (0 is greedy)"),
+            ("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 or None is no limit)"),
+            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "0 < top_p <= 1"),
+            ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 <= min_p <= 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0.0, "> 0"),
+        ):  # fmt: skip
+            if not fine:
+                raise ValueError(f"generate: {name}={value!r}, required {want}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1.0
+
+    def numbers(self, device: torch.device) -> dict[str, Tensor]:
+        """0-D tensors: other numbers are other data, not another graph."""
+        return {k: torch.tensor(v, device=device) for k, v in attrs.asdict(self).items()}
+
+
+Carry = dict[str, Any]
+
+
+class _Loop:
+    """The steps of one program, for one kind of cache and one way of choosing."""
+
+    def __init__(self, decoding: Decoding, greedy: bool, penalised: bool) -> None:
+        self.decoding, self.greedy, self.penalised = decoding, greedy, penalised
+        region = traced(few_rows(self.next))
+
+        def body(stored: Any, carry: Carry, numbers: dict[str, Tensor]) -> Tensor:
+            new = region(stored, carry, numbers)
+            for old, value in zip(tree.flat(carry), tree.flat(new), strict=True):
+                old.copy_(value)  # donated: Inductor writes the one new row in place
+            return new["token"]
+
+        self.compiled = torch.compile(body, fullgraph=True, dynamic=False)
+        self.prompt = torch.compile(traced(decoding.prefill), fullgraph=True, dynamic=False)
+
+    def next(self, stored: Any, carry: Carry, numbers: dict[str, Tensor]) -> Carry:
+        """One token more of every row."""
+        logits, cache = self.decoding.step(stored, carry["cache"], carry["token"][:, None])
+        return self.chosen(logits[:, 0], {**carry, "cache": cache}, numbers)
+
+    def chosen(self, logits: Tensor, carry: Carry, numbers: dict[str, Tensor]) -> Carry:
+        """Choose, and write down what was chosen. A row that has ended gets padding."""
+        x, seen, running, at = logits, carry.get("seen"), carry["running"], carry["count"]
+        if seen is not None:
+            penalty = numbers["repetition_penalty"]
+            x = torch.where(seen, torch.where(x > 0, x / penalty, x * penalty), x)
+        if self.greedy:
+            token = x.argmax(-1)
+        else:
+            from fds.kernels import sample  # imports Triton, which takes a while
+
+            options = {k: numbers[k] for k in ("temperature", "top_k", "top_p", "min_p", "seed")}
+            token = sample(x, position=at, stream=carry["stream"], **options)
+        logprob = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        token = torch.where(running, token, numbers["pad"])
+        out = {
+            **carry,
+            "token": token,
+            "tokens": carry["tokens"].index_copy(1, at[None], token[:, None]),
+            "logprobs": carry["logprobs"].index_copy(1, at[None], torch.where(running, logprob, 0.0)[:, None]),
+            "running": running & ~torch.isin(token, numbers["ends"]),
+            "length": carry["length"] + running,
+            "count": at + 1,
+        }
+        return out if seen is None else {**out, "seen": seen.scatter(1, token[:, None], True)}
+
+
+class Generated(NamedTuple):
+    """What `generate` gives with ``details=True``.
+
+    * `tokens`: int64 [rows n, prompt + new], prompts as they were given, padding behind what ended
+    * `logprobs`: float32 [rows n, new], of each new token under the model as it is: before penalties, temperature and limits
+    * `lengths`: int64 [rows n], new tokens of each row, the one that ended it included
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    lengths: Tensor
+
+
+def generate(
+    program: Program, stored: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+    top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None, tokenizer: Any = None, n: int = 1, seed: int = 0, cache: CacheConfig | str = "static", compile: bool = True,
+    on_token: Callable[[Tensor], Any] | None = None, details: bool = False,
+) -> Any:  # fmt: skip
+    """Continue prompts: int64 [rows, prompt] -> [rows n, prompt + new], new <= `max_new_tokens`; or a `Generated`.
+
+    Greedy by default, and then equal to transformers' ``generate(do_sample=False)``. Dropout is off. Over several ranks every rank has to call
+    it with as many rows and the same lengths; each may have its own prompts.
+
+    Law: a row's tokens are a function of its prompt, the sampling, the seed and its number among the `n` of the prompt, whatever else is in the batch
+    (to the rounding of batched products). Equal prompts in a batch get equal tokens: for several samples of one, use `n`.
+
+    Args:
+        attention_mask: [rows, prompt], 0 for padding, which may be on the left or on the right.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
+        eos_token_id: ends a row; one, or several. The rest of the row is `pad_token_id` (default: the first of them).
+        stop_strings: end a row as well, as soon as its new text has one of them; needs the `tokenizer`. Looked for after every token, so the
+            host waits for each.
+        n: samples of each prompt, which is prefilled once; rows of one prompt are neighbours.
+        cache: "static", "sliding", "paged", each also with "-int8"; or a `CacheConfig`.
+        compile: compile the steps for prompts (their width rounded up to a multiple of 64) and for single tokens. They are kept with the program
+            for later calls of nearby lengths.
+        on_token: called with the new tokens int64 [rows n] after each step; those of rows that have ended are padding.
+
+    Raises:
+        ValueError: a model without a cache, an empty prompt, tokens outside of the vocabulary, padding in the middle, a length beyond the
+            model's positions, or an argument out of its range.
+    """
+    sampling = Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0, repetition_penalty)
+    decoding = _decoding(program, CacheConfig.of(cache))
+    config: Any = getattr(program.origin.core, "config", None)
+    prompts, lengths = _checked(input_ids, attention_mask, config, max_new_tokens, n)
+    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    stops = _stops(stop_strings, tokenizer)
+    longest = int(lengths.max())
+    slots = _rounded(longest + max_new_tokens)
+    tokens = prompts[:, :longest]
+    if compile:
+        tokens = torch.nn.functional.pad(tokens, (0, min(_rounded(longest), slots) - longest))
+    paged = caches.tables(decoding.config, (lengths + max_new_tokens).tolist(), slots)
+    table, pages = (paged[0].to(tokens.device), paged[1]) if paged else (None, 0)
+
+    loop = _loop(program, decoding, sampling)
+    logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, lengths, slots, table, pages)
+    carry = _carry(logits, held, prompts, lengths, max_new_tokens, n, sampling)
+    numbers = sampling.numbers(tokens.device) | {
+        "seed": torch.tensor(seed, device=tokens.device),
+        "pad": torch.tensor(pad_token_id if pad_token_id is not None else (ends or [0])[0], device=tokens.device),
+        "ends": torch.tensor(ends, dtype=torch.int64, device=tokens.device),
+    }
+    every = 1 if stops or (tokens.device.type == "cpu" and not program.data_axes) else _EVERY
+    carry = loop.chosen(logits.repeat_interleave(n, 0), carry, numbers)
+    carry = tree.map(lambda x: x.clone(), carry)  # to be written over
+    for i in range(1, max_new_tokens + 1):
+        if on_token is not None:
+            on_token(carry["token"].clone())
+        if stops is not None:
+            carry["running"] &= ~stops(carry["tokens"][:, :i], None)
+        done = i == max_new_tokens or ((ends or stops) and i % every == 0 and not _any_rank(carry["running"], program))
+        if done:
+            break
+        if compile:
+            loop.compiled(stored, carry, numbers)
+        else:
+            carry = loop.next(stored, carry, numbers)
+    new = int(carry["length"].max())
+    out = torch.cat([input_ids.repeat_interleave(n, 0), carry["tokens"][:, :new]], 1)
+    return Generated(out, carry["logprobs"][:, :new].clone(), carry["length"]) if details else out
+
+
+def _rounded(n: int) -> int:
+    return -(-n // _ROOM) * _ROOM
+
+
+def _decoding(program: Program, config: CacheConfig) -> Decoding:
+    key = "decoding", config
+    return program.memo.get(key) or program.memo.setdefault(key, Decoding.of(program, config))
+
+
+def _loop(program: Program, decoding: Decoding, sampling: Sampling) -> _Loop:
+    key = "loop", decoding.config, sampling.greedy, sampling.penalised
+    return program.memo.get(key) or program.memo.setdefault(key, _Loop(decoding, sampling.greedy, sampling.penalised))
+
+
+def _carry(logits: Tensor, cache: Any, prompts: Tensor, lengths: Tensor, new: int, n: int, sampling: Sampling) -> Carry:
+    """What goes from token to token."""
+    rows, device, room = len(lengths) * n, logits.device, _rounded(new)
+    out: Carry = {
+        "cache": caches.repeated(cache, n) if n > 1 else cache,
+        "token": torch.zeros(rows, dtype=torch.int64, device=device),
+        "tokens": torch.zeros(rows, room, dtype=torch.int64, device=device),
+        "logprobs": torch.zeros(rows, room, device=device),
+        "running": torch.ones(rows, dtype=torch.bool, device=device),
+        "length": torch.zeros(rows, dtype=torch.int64, device=device),
+        "count": torch.zeros((), dtype=torch.int64, device=device),
+        "stream": _streams(prompts, lengths, n),
+    }
+    if sampling.penalised:
+        real = torch.arange(prompts.shape[1], device=device) < lengths[:, None]
+        seen = torch.zeros(len(lengths), logits.shape[1], dtype=torch.int64, device=device)
+        out["seen"] = seen.scatter_add(1, prompts, real.long()).bool().repeat_interleave(n, 0)
+    return out
+
+
+def _streams(prompts: Tensor, lengths: Tensor, n: int) -> Tensor:
+    """A number for each row to draw by: of its prompt, and of its place among the samples of that. int64 [rows n]"""
+    place = torch.arange(prompts.shape[1], device=prompts.device)
+    hashed = mix(prompts, mix(place, 0x51ED27)).masked_fill(place >= lengths[:, None], 0).sum(1)
+    sample = torch.arange(n, device=prompts.device)
+    return mix(hashed[:, None], mix(sample, 0x2545F491)).reshape(-1)
+
+
+def _stops(strings: str | Sequence[str] | None, tokenizer: Any) -> Any:
+    if strings is None:
+        return None
+    if tokenizer is None:
+        raise ValueError("generate: stop_strings without a tokenizer to find them by; give tokenizer=")
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    return StopStringCriteria(tokenizer, [strings] if isinstance(strings, str) else list(strings))
+
+
+def _any_rank(running: Tensor, program: Program) -> bool:
+    """Whether a row runs on any rank: ranks that gather together have to stop together. The host waits for the device."""
+    count = running.sum()
+    for a in program.data_axes:
+        count = a.sum(count)
+    return bool(count > 0)
+
+
+def _checked(ids: Tensor, given: Tensor | None, config: Any, new: int, n: int) -> tuple[Tensor, Tensor]:
+    """Prompts padded behind, and their lengths, after all arguments were found to be in range."""
+    if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+        raise ValueError(
+            f"generate: input_ids {tuple(ids.shape)} {ids.dtype}, required int64 [rows, prompt] with at least one token"
+        )
+    for name, value in (("max_new_tokens", new), ("n", n)):
+        if value < 1:
+            raise ValueError(f"generate: {name}={value!r}, required >= 1")
+    text = config.get_text_config()
+    low, high, limit = int(ids.min()), int(ids.max()), getattr(text, "max_position_embeddings", None)
+    if low < 0 or high >= text.vocab_size:
+        raise ValueError(
+            f"generate: input_ids reach from {low} to {high}, required tokens in [0, {text.vocab_size}); is it this model's tokeniser?"
+        )
+    if given is None:
+        given = torch.ones_like(ids)
+    if given.shape != ids.shape:
+        raise ValueError(f"generate: attention_mask {tuple(given.shape)}, required {tuple(ids.shape)} like input_ids")
+    real = given != 0
+    lengths, start = real.sum(1), real.long().argmax(1)
+    place = torch.arange(ids.shape[1], device=ids.device)
+    if not bool(lengths.all()) or bool((real.gather(1, (start[:, None] + place) % ids.shape[1]) != (place < lengths[:, None])).any()):  # fmt: skip
+        raise ValueError(
+            "generate: attention_mask has an empty row, or padding in the middle of one; pad on the left or on the right"
+        )
+    longest = int(lengths.max())
+    if limit is not None and longest + new > limit:
+        raise ValueError(
+            f"generate: prompt {longest} + max_new_tokens {new} = {longest + new} positions, the model has {limit}; shorten either"
+        )
+    shifted = ids.gather(1, (start[:, None] + place) % ids.shape[1])
+    return shifted.masked_fill(place >= lengths[:, None], 0), lengths
