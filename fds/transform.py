@@ -388,8 +388,8 @@ def _lens_at(pattern: str, make: Callable[[Program], Lens | None], p: Program) -
 def relayout(src: Program, dst: Program) -> Callable[[Any], Any]:
     """``relayout(src, dst)(stored)``: the same logical parameters, from `src`'s representation into `dst`'s.
 
-    Runs site by site, so that one site at a time exists in logical form. A site whose representation is the same in both programs is
-    returned as it is, not copied; `stored` is never written.
+    Runs site by site, by way of the last representation that both programs have in common, so that one site at a time exists in that form. A
+    site whose representation is the same in both programs is returned as it is, not copied; `stored` is never written.
     """
     if src.sites.keys() != dst.sites.keys() or any(
         list(src.sites[s].origin.spec) != list(dst.sites[s].origin.spec) for s in src.sites
@@ -400,9 +400,29 @@ def relayout(src: Program, dst: Program) -> Callable[[Any], Any]:
 
     def run(stored: Stored) -> Stored:
         check_stored(stored, src.spec)
-        return {
-            s: stored[s] if src.sites[s].stack == p.stack else p.place(src.sites[s].restore(stored[s]))
-            for s, p in dst.sites.items()
-        }
+        out: Stored = {}
+        for s, p in dst.sites.items():
+            down, up = bridge(src.sites[s], p)
+            out[s] = up(down(stored[s]))
+        return out
 
     return run
+
+
+def bridge(src: Program, dst: Program) -> tuple[Callable[[Params], Params], Callable[[Params], Params]]:
+    """Of two programs of one site: from `src`'s representation to the last one that both have in common, and from there to `dst`'s."""
+    shared = 0
+    for a, b in zip(src.stack, dst.stack, strict=False):
+        if a != b:
+            break
+        shared += 1
+
+    def above(p: Program | None) -> list[Program]:
+        found: list[Program] = []
+        while p is not None and len(p.stack) > shared:
+            found.append(p)
+            p = p.inner
+        return found
+
+    down, up = above(src), above(dst)[::-1]
+    return lambda x: reduce(lambda x, p: p.peel(x), down, x), lambda x: reduce(lambda x, p: p.push(x), up, x)

@@ -5,6 +5,7 @@ from fds.inference.config import InferenceConfig
 from fds.inference.decoding import Decoding
 from fds.inference.engine import InferenceEngine, default_inference_config, init_inference
 from fds.inference.generate import Generated, Sampling, generate
+from fds.inference.hybrid import Hybrid, Statistics, hybrid
 from fds.inference.policies import (
     INFERENCE_GENERIC_MODE,
     INFERENCE_SPECIALIZED_MODE,
@@ -13,6 +14,7 @@ from fds.inference.policies import (
     report,
     revert_transformer_layer,
 )
+from fds.inference.workspace import Workspace
 
 __all__ = [
     "INFERENCE_GENERIC_MODE",
@@ -20,11 +22,15 @@ __all__ = [
     "CacheConfig",
     "Decoding",
     "Generated",
+    "Hybrid",
     "InferenceConfig",
     "InferenceEngine",
     "Sampling",
+    "Statistics",
+    "Workspace",
     "default_inference_config",
     "generate",
+    "hybrid",
     "init_inference",
     "policies",
     "replace_transformer_layer",

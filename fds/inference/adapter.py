@@ -21,7 +21,14 @@ class HeldLayer(CacheLayerMixin):
 
     def __init__(self, config: CacheConfig, slots: int, lengths: Tensor, table: Tensor | None, pages: int, at: Tensor | None, layer: Layer | None, turned: bool) -> None:  # fmt: skip
         super().__init__()
-        self.config, self.lengths, self.table, self.pages, self.at, self.layer = config, lengths, table, pages, at, layer
+        self.config, self.lengths, self.table, self.pages, self.at, self.layer = (
+            config,
+            lengths,
+            table,
+            pages,
+            at,
+            layer,
+        )
         self.slots, self.turn = slots, None
         self.tokens = 0  # of a prompt
         self.is_initialized = layer is not None

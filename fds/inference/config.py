@@ -82,9 +82,15 @@ class InferenceConfig:
         if (kind := self.quant.get("weight", {}).get("q_type", "symmetric")) != "symmetric":
             raise ValueError(f"quant.weight.q_type: given {kind!r}, allowed 'symmetric'")
         if self.zero and (self.zero.get("stage") != 3 or not self.zero.get("offload_param")):
-            raise ValueError(f"zero: given {dict(self.zero)!r}, allowed stage 3 with offload_param; to split weights over ranks, use tensor_parallel")
+            raise ValueError(
+                f"zero: given {dict(self.zero)!r}, allowed stage 3 with offload_param; to split weights over ranks, use tensor_parallel"
+            )
         if self.zero:
-            _known("zero.offload_param", self.zero["offload_param"], {"device": "cpu", "nvme_path": None, "pin_memory": False})
+            _known(
+                "zero.offload_param",
+                self.zero["offload_param"],
+                {"device": "cpu", "nvme_path": None, "pin_memory": False},
+            )
         if self.zero and (where := self.zero["offload_param"].get("device")) not in ("cpu", "nvme"):
             raise ValueError(f"zero.offload_param.device: given {where!r}, allowed 'cpu' or 'nvme'")
 
@@ -132,7 +138,9 @@ class InferenceConfig:
                 raise ValueError(f"dtype: {named!r} is unknown; {tree.suggest(short, _DTYPES)}")
             given["dtype"] = _DTYPES[short]
         if given.get("dtype", torch.float16) not in _DTYPES.values():
-            raise ValueError(f"dtype: given {given['dtype']!r}, allowed {', '.join(map(str, dict.fromkeys(_DTYPES.values())))}")
+            raise ValueError(
+                f"dtype: given {given['dtype']!r}, allowed {', '.join(map(str, dict.fromkeys(_DTYPES.values())))}"
+            )
         return cls(**given)
 
 

@@ -93,7 +93,9 @@ class Decoding:
         found = family(getattr(program.origin.core, "module", None))
         config = CacheConfig.of(config)
         if config.kind == "sliding" and found.turned:
-            raise ValueError("cache: 'sliding' is not for GPT-Neo, which takes its windows from the order of slots; use 'static'")
+            raise ValueError(
+                "cache: 'sliding' is not for GPT-Neo, which takes its windows from the order of slots; use 'static'"
+            )
         return cls(program.eval(), found, config, ahead)
 
     def prefill(self, stored: Any, tokens: Tensor, lengths: Tensor, slots: int, table: Tensor | None = None, pages: int = 0) -> tuple[Tensor, Cache]:  # fmt: skip

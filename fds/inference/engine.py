@@ -98,7 +98,9 @@ def init_inference(model: nn.Module, config: Any = None, **options: Any) -> Infe
     settings = InferenceConfig.of(config, **options)
     program, params = functionalize(model)
     if settings.checkpoint is None and any(x.is_meta for x in params.values()):
-        raise ValueError("init_inference: the model is on the meta device and has no weights; give checkpoint=, a directory of safetensors")
+        raise ValueError(
+            "init_inference: the model is on the meta device and has no weights; give checkpoint=, a directory of safetensors"
+        )
     program = chain(*_transforms(settings))(program.eval())
     mode = INFERENCE_SPECIALIZED_MODE if settings.replace_with_kernel_inject else INFERENCE_GENERIC_MODE
     if settings.replace_with_kernel_inject:

@@ -12,6 +12,7 @@ from fds.compiling import traced
 from fds.inference import cache as caches
 from fds.inference.cache import CacheConfig
 from fds.inference.decoding import Decoding
+from fds.inference.workspace import Workspace
 from fds.lowering import few_rows
 from fds.program import Program
 from fds.randomness import mix
@@ -129,7 +130,7 @@ def generate(
     program: Program, stored: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
     top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None, tokenizer: Any = None, n: int = 1, seed: int = 0, cache: CacheConfig | str = "static", compile: bool = True,
-    on_token: Callable[[Tensor], Any] | None = None, details: bool = False,
+    on_token: Callable[[Tensor], Any] | None = None, details: bool = False, workspace: Workspace | None = None,
 ) -> Any:  # fmt: skip
     """Continue prompts: int64 [rows, prompt] -> [rows n, prompt + new], new <= `max_new_tokens`; or a `Generated`.
 
@@ -149,6 +150,7 @@ def generate(
         cache: "static", "sliding", "paged", each also with "-int8"; or a `CacheConfig`.
         compile: compile the steps for prompts (their width rounded up to a multiple of 64) and for single tokens. They are kept with the program
             for later calls of nearby lengths.
+        workspace: buffers that stay from call to call.
         on_token: called with the new tokens int64 [rows n] after each step; those of rows that have ended are padding.
 
     Raises:
@@ -179,7 +181,7 @@ def generate(
     }
     every = 1 if stops or (tokens.device.type == "cpu" and not program.data_axes) else _EVERY
     carry = loop.chosen(logits.repeat_interleave(n, 0), carry, numbers)
-    carry = tree.map(lambda x: x.clone(), carry)  # to be written over
+    carry = (workspace or Workspace()).take(carry)  # to be written over
     for i in range(1, max_new_tokens + 1):
         if on_token is not None:
             on_token(carry["token"].clone())
@@ -191,7 +193,7 @@ def generate(
         if compile:
             loop.compiled(stored, carry, numbers)
         else:
-            carry = loop.next(stored, carry, numbers)
+            carry = loop.next(stored, carry, numbers)  # pure
     new = int(carry["length"].max())
     out = torch.cat([input_ids.repeat_interleave(n, 0), carry["tokens"][:, :new]], 1)
     return Generated(out, carry["logprobs"][:, :new].clone(), carry["length"]) if details else out

@@ -50,7 +50,9 @@ _POLICIES: dict[str, Policy] = {
     **_policy("gpt_neox opt", "*layer*norm layer_norm"),
     **_policy("bloom falcon", "*layernorm* layer_norm", "*ln_f layer_norm"),
     **_policy("bert roberta distilbert", "*[lL]ayer*[nN]orm layer_norm", decoder=False),
-    **_policy("clip clip_text_model clip_vision_model", "*layer_norm? layer_norm", "*layrnorm layer_norm", decoder=False),
+    **_policy(
+        "clip clip_text_model clip_vision_model", "*layer_norm? layer_norm", "*layrnorm layer_norm", decoder=False
+    ),
     **_policy("t5", "*layer_norm rms_norm", decoder=False),
 }
 
@@ -130,7 +132,9 @@ def replace_transformer_layer(program: Program, mode: str = INFERENCE_SPECIALIZE
         )
     chosen = [at(name, use(f.rule.operator)) for f in found.found for name in f.replaced]
     if not chosen:
-        raise ValueError(f"inference mode 'specialized': nothing to replace; mode='generic' leaves modules as they are\n{found}")
+        raise ValueError(
+            f"inference mode 'specialized': nothing to replace; mode='generic' leaves modules as they are\n{found}"
+        )
     return chain(*chosen)(program)
 
 

@@ -110,7 +110,11 @@ def test_growing_changes_no_value():
 
 
 def test_what_cannot_be_is_refused():
-    for config, words in ((dict(kind="pages"), "paged"), (dict(dtype="int4"), "int8"), (dict(page=12), "multiple of 8")):
+    for config, words in (
+        (dict(kind="pages"), "paged"),
+        (dict(dtype="int4"), "int8"),
+        (dict(page=12), "multiple of 8"),
+    ):
         with pytest.raises(ValueError, match=words):
             CacheConfig(**config)
     with pytest.raises(ValueError, match="GPT-Neo"):

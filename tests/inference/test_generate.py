@@ -44,7 +44,9 @@ def test_greedy_equals_transformers(family):
     want = theirs(model, ids, mask, 50)[:, ids.shape[1] :]
     kinds = ["static", "paged"] + (["sliding"] if family != "gpt-neo" else [])
     for kind in kinds:
-        got = fds.generate(program, stored, ids, mask, max_new_tokens=50, compile=False, cache=CacheConfig(kind, page=8))
+        got = fds.generate(
+            program, stored, ids, mask, max_new_tokens=50, compile=False, cache=CacheConfig(kind, page=8)
+        )
         assert torch.equal(got[:, ids.shape[1] :], want), kind
     behind = fds.generate(program, stored, *padded_behind(ids, mask), max_new_tokens=50, compile=False)
     assert torch.equal(behind[:, ids.shape[1] :], want), "padding on the right"
