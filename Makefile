@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format examples bench-train bench-io gpu kernels clean
+.PHONY: demo test lint format examples bench-train bench-io bench-generate gpu kernels clean
 
 # torch first and by itself: the constraint then keeps every later install from looking for another build of it.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -53,6 +53,10 @@ bench-io: $(VENV)/ready .venv-peers/ready
 	$(BIN)/python benchmarks/io_throughput.py --path out/io --peer-python .venv-peers/bin/python
 	TMPDIR=$(CURDIR)/out/io $(BIN)/python benchmarks/train.py --groups adamw,offload --peer-python .venv-peers/bin/python
 	TMPDIR=$(CURDIR)/out/io $(BIN)/python benchmarks/train.py --groups states --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/report.py
+
+bench-generate: $(VENV)/ready
+	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/report.py
 
 # Operators on this machine's GPU against their floors; shortened, and said so, where there is none. No set-up: a GPU machine has its own torch.

@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -171,3 +172,9 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(int(total[1]) / 2**20, 1) if total else None,
     }
+
+
+def commit() -> str:
+    """The commit that is measured; "unknown" outside of a clone."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

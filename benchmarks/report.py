@@ -277,6 +277,29 @@ def _behind(group: Json) -> str:
     )
 
 
+def generate(result: Json) -> str:
+    """Prefill and decode of each contender, and how near decoding is to the bandwidth of the memory."""
+    rate = result["read_bytes_s"]
+    parts = [
+        f"{_machine(result)}\n\nCommit {result['commit']}, medians of {result['rounds']} rounds in which all take turns, 2 threads. Reading 1 GiB: {rate / GB:.1f} GB/s."
+    ]
+    for group in result["groups"]:
+        rows = list[list[str]]()
+        best = max((1 / median(c["token_s"]) for k, c in group["contenders"].items() if "token_s" in c and not k.startswith("fds")), default=0.0)  # fmt: skip
+        for name, c in group["contenders"].items():
+            if "error" in c:
+                rows.append([name, f"did not run: `{c['error']}`", *[""] * 5])
+                continue
+            token, prefill = median(c["token_s"]), median(c["prefill_s"])
+            floor = "" if "int8" in name else f"{group['bytes'] / rate / token:.0%}"
+            rows.append([name, f"{c['first_s']:.1f}", f"{prefill * 1e3:.0f}", f"{group['rows'] / token:.1f}", f"{1 / token / best:.2f}" if best else "", floor, f"{group['same_tokens'].get(name, 0):.0%}"])  # fmt: skip
+        head = ["", "first call, s", f"prompt of {group['prompt']}, ms", "tokens/s", "times the better peer", "of the floor", "same tokens"]  # fmt: skip
+        parts.append(
+            f"### {group['size']} Llama ({group['parameters']:,} parameters), {group['dtype']}, {group['rows']} row{'s'[: group['rows'] > 1]}\n\n{table(head, rows)}"
+        )
+    return "\n\n".join(parts)
+
+
 def io_throughput(result: Json) -> str:
     """GB/s of each contender's best settings."""
     m = result["machine"]
@@ -306,7 +329,14 @@ def spliced(text: str, name: str, body: str) -> str:
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
 
 
-RENDERERS = {"train": train, "zero": train, "states": states, "offload": offload, "io_throughput": io_throughput}
+RENDERERS = {
+    "train": train,
+    "zero": train,
+    "states": states,
+    "offload": offload,
+    "io_throughput": io_throughput,
+    "generate": generate,
+}
 
 
 def main() -> None:

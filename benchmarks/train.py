@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import common
 from common import LENGTH, ROWS, SIZES, machine, operations, versions
 from fleet import HERE, ContenderError, Team, busy, caches, rendezvous, scrubbed
 
@@ -340,12 +340,6 @@ def _selected(args: argparse.Namespace) -> list[Group]:
     return [replace(g, size=args.size) if args.size else g for g in groups if g.entries or not args.only]
 
 
-def _commit() -> str:
-    """The commit that is measured; "unknown" outside of a clone."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and ranks are cleaned up
     args = _arguments()
@@ -354,7 +348,7 @@ def main() -> None:
     partial = args.only or args.size
     (page,) = {g.page for g in groups}
     out: Path = args.out or (Path("out") if partial else HERE / "results") / f"{page}.json"
-    warm_up, commit = 2, _commit()  # before the results make the clone dirty
+    warm_up, commit = 2, common.commit()  # before the results make the clone dirty
     result: dict[str, Any] = {
         "benchmark": page,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -14,6 +14,7 @@ from fds.inference.policies import (
     report,
     revert_transformer_layer,
 )
+from fds.inference.speculative import Draft
 from fds.inference.workspace import Workspace
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "INFERENCE_SPECIALIZED_MODE",
     "CacheConfig",
     "Decoding",
+    "Draft",
     "Generated",
     "Hybrid",
     "InferenceConfig",

@@ -12,6 +12,7 @@ from fds.compiling import traced
 from fds.inference import cache as caches
 from fds.inference.cache import CacheConfig
 from fds.inference.decoding import Decoding
+from fds.inference.speculative import Draft, Speculation, prepared
 from fds.inference.workspace import Workspace
 from fds.lowering import few_rows
 from fds.program import Program
@@ -130,7 +131,7 @@ def generate(
     program: Program, stored: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
     top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None, tokenizer: Any = None, n: int = 1, seed: int = 0, cache: CacheConfig | str = "static", compile: bool = True,
-    on_token: Callable[[Tensor], Any] | None = None, details: bool = False, workspace: Workspace | None = None,
+    on_token: Callable[[Tensor], Any] | None = None, details: bool = False, workspace: Workspace | None = None, draft: Draft | None = None,
 ) -> Any:  # fmt: skip
     """Continue prompts: int64 [rows, prompt] -> [rows n, prompt + new], new <= `max_new_tokens`; or a `Generated`.
 
@@ -150,6 +151,8 @@ def generate(
         cache: "static", "sliding", "paged", each also with "-int8"; or a `CacheConfig`.
         compile: compile the steps for prompts (their width rounded up to a multiple of 64) and for single tokens. They are kept with the program
             for later calls of nearby lengths.
+        draft: speculative decoding (`Draft`): a smaller model, or the text itself, proposes tokens that are looked at together. The distribution is the
+            same, greedy tokens are the same; with a seed, other draws. Not with `stop_strings`, `on_token` or a repetition penalty.
         workspace: buffers that stay from call to call.
         on_token: called with the new tokens int64 [rows n] after each step; those of rows that have ended are padding.
 
@@ -158,22 +161,24 @@ def generate(
             model's positions, or an argument out of its range.
     """
     sampling = Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0, repetition_penalty)
-    decoding = _decoding(program, CacheConfig.of(cache))
+    ahead = 1 if draft is None else draft.tokens + 1
+    decoding = _decoding(program, CacheConfig.of(cache), ahead)
+    _check_draft(draft, decoding, sampling, stop_strings, on_token)
     config: Any = getattr(program.origin.core, "config", None)
     prompts, lengths = _checked(input_ids, attention_mask, config, max_new_tokens, n)
     ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     stops = _stops(stop_strings, tokenizer)
     longest = int(lengths.max())
-    slots = _rounded(longest + max_new_tokens)
+    slots = _rounded(longest + max_new_tokens + ahead - 1)
     tokens = prompts[:, :longest]
     if compile:
         tokens = torch.nn.functional.pad(tokens, (0, min(_rounded(longest), slots) - longest))
-    paged = caches.tables(decoding.config, (lengths + max_new_tokens).tolist(), slots)
+    paged = caches.tables(decoding.config, (lengths + max_new_tokens + ahead - 1).tolist(), slots)
     table, pages = (paged[0].to(tokens.device), paged[1]) if paged else (None, 0)
 
     loop = _loop(program, decoding, sampling)
     logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, lengths, slots, table, pages)
-    carry = _carry(logits, held, prompts, lengths, max_new_tokens, n, sampling)
+    carry = _carry(logits, held, prompts, lengths, max_new_tokens + ahead - 1, n, sampling)
     numbers = sampling.numbers(tokens.device) | {
         "seed": torch.tensor(seed, device=tokens.device),
         "pad": torch.tensor(pad_token_id if pad_token_id is not None else (ends or [0])[0], device=tokens.device),
@@ -181,7 +186,14 @@ def generate(
     }
     every = 1 if stops or (tokens.device.type == "cpu" and not program.data_axes) else _EVERY
     carry = loop.chosen(logits.repeat_interleave(n, 0), carry, numbers)
+    rounds = None if draft is None else _rounds(program, decoding, draft, sampling)
+    if rounds is not None:
+        assert draft is not None
+        carry = prepared(rounds.speculation, draft.stored, carry, tokens, lengths, slots, n, logits.shape[1])
     carry = (workspace or Workspace()).take(carry)  # to be written over
+    if rounds is not None:
+        carry = _by_rounds(rounds, stored, carry, numbers, max_new_tokens, compile, program)
+        return _result(input_ids, carry, max_new_tokens, n, numbers["pad"], details)
     for i in range(1, max_new_tokens + 1):
         if on_token is not None:
             on_token(carry["token"].clone())
@@ -194,18 +206,69 @@ def generate(
             loop.compiled(stored, carry, numbers)
         else:
             carry = loop.next(stored, carry, numbers)  # pure
-    new = int(carry["length"].max())
-    out = torch.cat([input_ids.repeat_interleave(n, 0), carry["tokens"][:, :new]], 1)
-    return Generated(out, carry["logprobs"][:, :new].clone(), carry["length"]) if details else out
+    return _result(input_ids, carry, max_new_tokens, n, numbers["pad"], details)
+
+
+def _result(prompts: Tensor, carry: Carry, most: int, n: int, pad: Tensor, details: bool) -> Any:
+    lengths = carry["length"].clamp(max=most)
+    new = int(lengths.max())
+    over = torch.arange(new, device=lengths.device) >= lengths[:, None]
+    out = torch.cat([prompts.repeat_interleave(n, 0), torch.where(over, pad, carry["tokens"][:, :new])], 1)
+    return Generated(out, carry["logprobs"][:, :new].masked_fill(over, 0.0), lengths) if details else out
+
+
+def _check_draft(draft: Draft | None, decoding: Decoding, sampling: Sampling, stops: Any, on_token: Any) -> None:
+    if draft is None:
+        return
+    if stops is not None or on_token is not None or sampling.penalised:
+        raise ValueError(
+            "generate: draft= with stop_strings, on_token or repetition_penalty, which go token by token; leave out one or the other"
+        )
+    if not decoding.family.exact_for_many:
+        raise ValueError("generate: draft= with ALiBi, whose models take one new token at a time; leave it out")
+
+
+class _Rounds:
+    """Rounds of speculative decoding, compiled."""
+
+    def __init__(self, speculation: Speculation) -> None:
+        self.speculation = speculation
+        region = traced(few_rows(speculation.round))
+
+        def body(stored: Any, theirs: Any, carry: Carry, numbers: dict[str, Tensor]) -> Tensor:
+            new = region(stored, theirs, carry, numbers)
+            for old, value in zip(tree.flat(carry), tree.flat(new), strict=True):
+                old.copy_(value)
+            return new["token"]
+
+        self.compiled = torch.compile(body, fullgraph=True, dynamic=False)
+
+
+def _by_rounds(rounds: _Rounds, stored: Any, carry: Carry, numbers: dict[str, Tensor], most: int, compile: bool, program: Program) -> Carry:  # fmt: skip
+    theirs = rounds.speculation.draft.stored
+    while _any_rank(carry["running"] & (carry["length"] < most), program):
+        if compile:
+            rounds.compiled(stored, theirs, carry, numbers)
+        else:
+            carry = rounds.speculation.round(stored, theirs, carry, numbers)
+    return carry
+
+
+def _rounds(program: Program, decoding: Decoding, draft: Draft, sampling: Sampling) -> _Rounds:
+    key = "rounds", decoding.config, id(draft.program), draft.tokens, draft.ngram, sampling.greedy
+    if key not in program.memo:
+        drafter = None if draft.program is None else Decoding.of(draft.program, "static", draft.tokens + 1)
+        program.memo[key] = _Rounds(Speculation(decoding, draft, drafter, sampling.greedy))
+    return program.memo[key]
 
 
 def _rounded(n: int) -> int:
     return -(-n // _ROOM) * _ROOM
 
 
-def _decoding(program: Program, config: CacheConfig) -> Decoding:
-    key = "decoding", config
-    return program.memo.get(key) or program.memo.setdefault(key, Decoding.of(program, config))
+def _decoding(program: Program, config: CacheConfig, ahead: int) -> Decoding:
+    key = "decoding", config, ahead
+    return program.memo.get(key) or program.memo.setdefault(key, Decoding.of(program, config, ahead))
 
 
 def _loop(program: Program, decoding: Decoding, sampling: Sampling) -> _Loop:
