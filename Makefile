@@ -38,6 +38,7 @@ examples: $(VENV)/ready
 	$(BIN)/python examples/write_an_operator.py
 	$(BIN)/python examples/two_dimensional_mesh.py
 	$(BIN)/python examples/train_larger_than_memory.py --width 64 --layers 56 --steps 2
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/grpo.py --steps 40
 	rm -rf out/elastic
 	$(BIN)/torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/elastic.py --steps 4 --kill 3
 	$(BIN)/torchrun --standalone --nproc-per-node 1 examples/elastic.py --steps 6

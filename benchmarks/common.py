@@ -175,6 +175,10 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured; "unknown" outside of a clone."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """The commit that is measured, with "-dirty" where its code was changed (results may be); "unknown" outside of a clone."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
+    name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=False).stdout.strip()
+    if not name:
+        return "unknown"
+    same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "fds", ":(glob)benchmarks/**/*.py"], check=False)
+    return name if same.returncode == 0 else f"{name}-dirty"

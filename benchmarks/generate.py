@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import commit, machine, versions
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import fds
 
@@ -69,7 +69,9 @@ def contenders(size: str, dtype: torch.dtype, quantized: bool) -> dict[str, Gene
         stored = program.place(params)
         return lambda ids, new: fds.generate(program, stored, ids, max_new_tokens=new)
 
-    static = {"cache_implementation": "static"}
+    everywhere = CompileConfig(fullgraph=False, mode="default")
+    everywhere._compile_all_devices = True  # by default transformers compiles on accelerators alone
+    static = {"cache_implementation": "static", "compile_config": everywhere}
     found = {"fds": ours(), "transformers, dynamic": theirs(), "transformers, static and compiled": theirs(**static)}
     return found | ({"fds, int8 weights": ours(fds.quantize_frozen("int8"))} if quantized else {})
 

@@ -10,20 +10,29 @@ import torch
 import torch.distributed as dist
 from worker import Built
 
+PAUSE = 5.0  # seconds
+
 
 def measured(job: Any, folder: str, save: Callable[[], Any], load: Callable[[], Any]) -> Built:
     """Seconds until `save` returns, until its files are on the disk, and of `load` with nothing in the page cache; all ranks together."""
 
     def measure() -> dict[str, Any]:
-        os.sync()  # what others wrote is not this one's time
+        _rest()
         returned = _timed(save)
         on_disk = returned + _timed(lambda: _each(folder, os.fsync) if job.rank == 0 else None)
         if job.rank == 0:
             _each(folder, lambda fd: os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED))
+        _rest()
         size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
         return {"returned_s": returned, "on_disk_s": on_disk, "loaded_s": _timed(load), "bytes": size}
 
     return Built(measure=measure)
+
+
+def _rest() -> None:
+    """What others wrote is not this one's time; and a virtual disk that has served a few GB at once serves the next one at a fifth of its rate."""
+    os.sync()
+    time.sleep(PAUSE)
 
 
 def _timed(f: Callable[[], Any]) -> float:

@@ -122,7 +122,7 @@ class FewRows(TorchDispatchMode):
 
 def _reads_weights(a: Tensor, b: Tensor) -> bool:
     """Whether the time of a product [m, k] by [k, n] is that of reading `b`."""
-    sizes = (a.shape[0], *b.shape)
+    sizes: tuple[Any, ...] = (a.shape[0], *b.shape)
     if a.device.type != "cpu" or a.dtype not in _NARROW or not all(isinstance(n, int) for n in sizes):
         return False
     return sizes[0] <= _FEW and b.numel() >= _WHOLE and 1 in b.stride()

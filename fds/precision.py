@@ -76,7 +76,10 @@ def freeze() -> Transform:
     """
 
     def make(spec: Params) -> Lens:
-        return Lens(put=lambda p: {k: v.detach() for k, v in p.items()}, get=same, restore=same, layout=same)
+        def put(params: Params) -> Params:
+            return {k: v.detach() for k, v in params.items()}
+
+        return Lens(put=put, get=same, restore=same, layout=same)
 
     return through(make, name="freeze", conflicts=["whole"])
 

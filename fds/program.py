@@ -124,7 +124,7 @@ class Program:
     inner: "Program | None" = None  # the program before the last transformation
     peel: Callable[[Any], Any] = same  # stored -> stored of `inner`
     push: Callable[[Any], Any] = same  # stored of `inner` -> stored
-    memo: dict[str, Any] = attrs.field(init=False, factory=dict[str, Any])  # what was compiled for this program
+    memo: dict[Any, Any] = attrs.field(init=False, factory=dict[Any, Any])  # what was compiled for this program
 
     def __call__(self, stored: Any, *args: Any, **kwargs: Any) -> Any:
         return self.apply(stored, *args, **kwargs)

@@ -84,10 +84,10 @@ def room(config: CacheConfig, slots: int, window: int, ahead: int) -> int:
     return min(slots, window + 2 * ahead) if config.kind == "sliding" and window else slots
 
 
-def tables(config: CacheConfig, lengths: Sequence[int], slots: int) -> tuple[Tensor, int] | None:
-    """A page table for rows that may come to these lengths: int64 [rows, pages], and the number of pages. None for other kinds."""
+def tables(config: CacheConfig, lengths: Sequence[int], slots: int) -> tuple[()] | tuple[Tensor, int]:
+    """A page table for rows that may come to these lengths: int64 [rows, pages], and the number of pages. Nothing for other kinds."""
     if config.kind != "paged":
-        return None
+        return ()
     table, free = torch.zeros(len(lengths), -(-slots // config.page), dtype=torch.int64), 1
     for row, length in enumerate(lengths):
         count = -(-length // config.page)

@@ -117,10 +117,12 @@ class InferenceConfig:
         True
         """
         given: dict[str, Any] = {}
-        read = json.loads(Path(config).read_text()) if isinstance(config, str | Path) else dict(config or {})
+        read: dict[str, Any] = (
+            json.loads(Path(config).read_text()) if isinstance(config, str | Path) else dict(config or {})
+        )
         for key, value in [*read.items(), *options.items()]:
             name = "tensor_parallel" if key == "mp_size" else _ALIASES.get(key, key)
-            value = {"tp_size": value} if key in ("mp_size",) else value
+            value = {"tp_size": value} if key == "mp_size" else value
             if name in given and given[name] != value:
                 raise ValueError(f"init_inference: {name} is {given[name]!r} and {value!r} (as {key!r}); give it once")
             given[name] = value

@@ -98,12 +98,12 @@ class Decoding:
             )
         return cls(program.eval(), found, config, ahead)
 
-    def prefill(self, stored: Any, tokens: Tensor, lengths: Tensor, slots: int, table: Tensor | None = None, pages: int = 0) -> tuple[Tensor, Cache]:  # fmt: skip
+    def prefill(self, stored: Any, tokens: Tensor, lengths: Tensor, slots: int, paged: tuple[Any, ...] = ()) -> tuple[Tensor, Cache]:  # fmt: skip
         """Logits float32 [rows, vocabulary] behind prompts, and a cache of `slots` positions that has them.
 
-        `tokens` int64 [rows, prompt], padded behind; `lengths` int64 [rows]. `table`, `pages`: of a paged cache (`cache.tables`).
+        `tokens` int64 [rows, prompt], padded behind; `lengths` int64 [rows]. `paged`: table and number of pages of a paged cache (`cache.tables`).
         """
-        rows, count = tokens.shape
+        (rows, count), (table, pages) = tokens.shape, paged or (None, 0)
         at = torch.arange(count, device=tokens.device).expand(rows, count)
         held = self._held(self.family.windows, slots, lengths, table, pages)
         out = self._call(stored, tokens, at, held, lambda window, layer: caches.mask(count, at, window))
@@ -142,7 +142,7 @@ class Decoding:
     def _held(self, windows: Any, slots: int, lengths: Tensor, table: Any, pages: int, layers: Any = None, at: Any = None) -> Any:  # fmt: skip
         from fds.inference.adapter import Held, HeldLayer
 
-        made = [
+        made: list[Any] = [
             HeldLayer(self.config, caches.room(self.config, slots, w, self.ahead), lengths, table, pages, at, layers and layers[i], self.family.turned)
             for i, w in enumerate(windows)
         ]  # fmt: skip

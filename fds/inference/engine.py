@@ -11,7 +11,7 @@ from fds.checkpoint import load
 from fds.functional import functionalize
 from fds.inference.config import InferenceConfig, default_inference_config
 from fds.inference.generate import generate
-from fds.inference.policies import INFERENCE_GENERIC_MODE, INFERENCE_SPECIALIZED_MODE, report, replace_transformer_layer
+from fds.inference.policies import INFERENCE_GENERIC_MODE, INFERENCE_SPECIALIZED_MODE, replace_transformer_layer, report
 from fds.precision import cast, freeze
 from fds.program import Program
 from fds.quantize import quantize_frozen

@@ -174,10 +174,10 @@ def generate(
     if compile:
         tokens = torch.nn.functional.pad(tokens, (0, min(_rounded(longest), slots) - longest))
     paged = caches.tables(decoding.config, (lengths + max_new_tokens + ahead - 1).tolist(), slots)
-    table, pages = (paged[0].to(tokens.device), paged[1]) if paged else (None, 0)
+    paged = (paged[0].to(tokens.device), paged[1]) if paged else ()
 
     loop = _loop(program, decoding, sampling)
-    logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, lengths, slots, table, pages)
+    logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, lengths, slots, paged)
     carry = _carry(logits, held, prompts, lengths, max_new_tokens + ahead - 1, n, sampling)
     numbers = sampling.numbers(tokens.device) | {
         "seed": torch.tensor(seed, device=tokens.device),
@@ -245,7 +245,7 @@ class _Rounds:
 
 
 def _by_rounds(rounds: _Rounds, stored: Any, carry: Carry, numbers: dict[str, Tensor], most: int, compile: bool, program: Program) -> Carry:  # fmt: skip
-    theirs = rounds.speculation.draft.stored
+    theirs = rounds.speculation.draft.stored or {}
     while _any_rank(carry["running"] & (carry["length"] < most), program):
         if compile:
             rounds.compiled(stored, theirs, carry, numbers)
@@ -272,7 +272,7 @@ def _decoding(program: Program, config: CacheConfig, ahead: int) -> Decoding:
 
 
 def _loop(program: Program, decoding: Decoding, sampling: Sampling) -> _Loop:
-    key = "loop", decoding.config, sampling.greedy, sampling.penalised
+    key = "loop", decoding.config, decoding.ahead, sampling.greedy, sampling.penalised
     return program.memo.get(key) or program.memo.setdefault(key, _Loop(decoding, sampling.greedy, sampling.penalised))
 
 

@@ -6,6 +6,7 @@ those transformations.
 """
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import attrs
@@ -108,7 +109,7 @@ def report(program: Program) -> Report:
     for rule in policy.rules if policy else ():
         replaced: list[str] = []
         left: dict[str, str] = {}
-        for name in (n for n in names if tree.matches(rule.pattern, n)):
+        for name in (n for n in names if fnmatchcase(n, rule.pattern)):
             why = fits(rule.operator, core, name)
             replaced += [] if why else [name]
             left |= {name: why} if why else {}

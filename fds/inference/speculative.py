@@ -61,22 +61,31 @@ class Speculation:
         proposed, q, other = self._proposals(theirs, carry, numbers)
         tokens = torch.cat([carry["token"][:, None], proposed], 1)
         logits, cache = self.model.step(stored, carry["cache"], tokens)
-        p = self._distribution(logits, numbers)
-        chance = p[:, :count].gather(2, proposed[..., None])[..., 0] / q.gather(2, proposed[..., None])[..., 0].clamp(
-            min=1e-30
-        )
-        places = carry["length"][:, None] + torch.arange(count + 1, device=p.device)
-        taken = (self._random(carry, numbers, places[:, :count], 1) < chance).long().cumprod(1)
-        n = taken.sum(1)
-        at = n[:, None, None].expand(-1, 1, p.shape[2])
-        rest = (p - F.pad(q, (0, 0, 0, 1))).clamp(min=0).gather(1, at)[:, 0]
-        last = p.gather(1, at)[:, 0]
-        # Nothing is left where p and q agree to rounding; then a rejection was one too.
-        weights = torch.where(rest.sum(1, keepdim=True) > 0, rest, last)
-        fresh = _drawn(weights, self._random(carry, numbers, places.gather(1, n[:, None]), 2)[:, 0])
-        new = torch.where(torch.arange(count, device=p.device) < n[:, None], proposed, 0)
+        choose = self._likeliest if self.greedy else self._drawn
+        n, fresh = choose(logits, proposed, q, carry, numbers)
+        new = torch.where(torch.arange(count, device=logits.device) < n[:, None], proposed, 0)
         new = F.pad(new, (0, 1)).scatter(1, n[:, None], fresh[:, None])
         return self._written(carry, new, n + 1, logits, cache, other, numbers)
+
+    def _likeliest(self, logits: Tensor, proposed: Tensor, q: Any, carry: Carry, numbers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """How many proposals are what the model would have chosen, and what it chooses behind them."""
+        best = logits.argmax(-1)
+        n = (proposed == best[:, :-1]).long().cumprod(1).sum(1)
+        return n, best.gather(1, n[:, None])[:, 0]
+
+    def _drawn(self, logits: Tensor, proposed: Tensor, q: Tensor, carry: Carry, numbers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """How many proposals are taken, and what is drawn behind them."""
+        count = proposed.shape[1]
+        p = filtered(logits, numbers).softmax(-1)
+        chance, of_q = (x[:, :count].gather(2, proposed[..., None])[..., 0] for x in (p, q))
+        places = carry["length"][:, None] + torch.arange(count + 1, device=p.device)
+        taken = self._random(carry, numbers, places[:, :count], 1) < chance / of_q.clamp(min=1e-30)
+        n = taken.long().cumprod(1).sum(1)
+        at = n[:, None, None].expand(-1, 1, p.shape[2])
+        rest, last = ((p - F.pad(q, (0, 0, 0, 1))).clamp(min=0).gather(1, at)[:, 0], p.gather(1, at)[:, 0])
+        # Nothing is left where p and q agree to rounding; then a rejection was one too.
+        weights = torch.where(rest.sum(1, keepdim=True) > 0, rest, last)
+        return n, _first(weights, self._random(carry, numbers, places.gather(1, n[:, None]), 2)[:, 0])
 
     def _written(self, carry: Carry, new: Tensor, n: Tensor, logits: Tensor, cache: Any, other: Any, numbers: dict[str, Tensor]) -> Carry:  # fmt: skip
         """Take tokens up to the first that ends the row; a row that has ended stays where it is."""
@@ -102,11 +111,11 @@ class Speculation:
             "count": carry["count"] + 1,
         }
 
-    def _proposals(self, theirs: Any, carry: Carry, numbers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
+    def _proposals(self, theirs: Any, carry: Carry, numbers: dict[str, Tensor]) -> tuple[Tensor, Any, Any]:
         """Tokens [rows, count], what each was drawn from [rows, count, vocabulary], and the draft's cache with them."""
         if self.drafter is None:
             proposed = self._looked_up(carry)
-            return proposed, F.one_hot(proposed, carry["vocabulary"].shape[0]).float(), None
+            return proposed, None if self.greedy else F.one_hot(proposed, carry["vocabulary"].shape[0]).float(), None
         cache, token = carry["draft"], carry["token"]
         found: list[Tensor] = []  # not list[Tensor](): Dynamo cannot call that
         qs: list[Tensor] = []
@@ -114,12 +123,14 @@ class Speculation:
             logits, cache = self.drafter.step(theirs, cache, token[:, None])
             if i == self.draft.tokens:
                 break
-            q = self._distribution(logits[:, 0], numbers)
-            place = (carry["length"] + i)[:, None]
-            token = _drawn(q, self._random(carry, numbers, place, 3)[:, 0])
+            if self.greedy:
+                token = logits[:, 0].argmax(-1)
+            else:
+                q = filtered(logits[:, 0], numbers).softmax(-1)
+                token = _first(q, self._random(carry, numbers, (carry["length"] + i)[:, None], 3)[:, 0])
+                qs.append(q)
             found.append(token)
-            qs.append(q)
-        return torch.stack(found, 1), torch.stack(qs, 1), cache
+        return torch.stack(found, 1), torch.stack(qs, 1) if qs else None, cache
 
     def _looked_up(self, carry: Carry) -> Tensor:
         """What followed the last place where the text had its last `ngram` tokens; its last token again where there is none."""
@@ -138,18 +149,13 @@ class Speculation:
         after = torch.minimum(after, end[:, None] - 1)
         return torch.where(found[:, None] >= 0, whole.gather(1, after), carry["token"][:, None])
 
-    def _distribution(self, logits: Tensor, numbers: dict[str, Tensor]) -> Tensor:
-        if self.greedy:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-        return filtered(logits, numbers).softmax(-1)
-
     def _random(self, carry: Carry, numbers: dict[str, Tensor], place: Tensor, purpose: int) -> Tensor:
         """Numbers in [0, 1) for places [rows, n] of rows: the same in every batch."""
         key = mix(mix(carry["stream"], numbers["seed"]), 0x3C6EF372 + purpose)
         return (mix(mix(place, key[:, None]), 0x51ED27) >> 8).float() * 2.0**-24
 
 
-def _drawn(weights: Tensor, u: Tensor) -> Tensor:
+def _first(weights: Tensor, u: Tensor) -> Tensor:
     """The first index where the sum of weights [rows, n] exceeds u of their total."""
     sums = weights.double().cumsum(-1)
     return (sums <= (u.double() * sums[:, -1])[:, None]).sum(-1).clamp(max=weights.shape[-1] - 1)

@@ -40,7 +40,7 @@ def run(config, family="llama", several=1, ahead=1):
     d, stored, program = decoding(config, family, ahead)
     ids, lengths = rows()
     table = caches.tables(d.config, (lengths + 8).tolist(), 64)
-    logits, cache = d.prefill(stored, ids[:, :12], lengths, 64, *(table or ()))
+    logits, cache = d.prefill(stored, ids[:, :12], lengths, 64, table)
     out = [logits]
     more = torch.stack([ids[i, n : n + 8] for i, n in enumerate(lengths)])
     for new in more.split(several, 1):
@@ -66,7 +66,7 @@ def test_tokens_can_be_taken_back():
         d, stored, program = decoding(CacheConfig(kind, page=8), "mistral", ahead=4)
         ids, lengths = rows()
         table = caches.tables(d.config, (lengths + 12).tolist(), 64)
-        _, cache = d.prefill(stored, ids[:, :12], lengths, 64, *(table or ()))
+        _, cache = d.prefill(stored, ids[:, :12], lengths, 64, table)
         for at in range(0, 6, 2):
             new = torch.stack([ids[i, n + at : n + at + 2] for i, n in enumerate(lengths)])
             got, cache = d.step(stored, cache, torch.cat([new, new.flip(1) + 1], 1).clamp(max=96))

@@ -20,7 +20,7 @@ def prompts():
 
 
 def padded_behind(ids, mask):
-    order = mask.argsort(1, descending=True, stable=True)
+    order = mask.argsort(dim=1, descending=True, stable=True)
     return ids.gather(1, order), mask.gather(1, order)
 
 
@@ -83,13 +83,13 @@ def test_the_end_token_ends_a_row():
 
 
 def words():
-    """A tokenizer of 97 words: w0, w1, ..."""
+    """A tokenizer of 97 words: abcdef (which transformers asks for), w1, w2, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    table = Tokenizer(models.WordLevel({f"w{i}": i for i in range(zoo.VOCABULARY)}, unk_token="w0"))
+    table = Tokenizer(models.WordLevel({f"w{i}" if i else "abcdef": i for i in range(zoo.VOCABULARY)}, unk_token="w1"))
     table.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=table, unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=table, unk_token="w1")
 
 
 def test_stop_strings_end_a_row():

@@ -110,7 +110,7 @@ def test_two_ranks_serve_together():
 
 
 def test_training_and_generating_by_turns():
-    train, stored, plain, whole = adapted()
+    train, stored, *_ = adapted()
     step = fds.train_step(train, fds.optim.adamw(0.01))
     state = step.init(train.restore(stored))
     engine, texts = hybrid(train), []

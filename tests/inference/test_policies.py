@@ -1,5 +1,7 @@
 """Rules: what they match in every family, what they change in no value, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -81,3 +83,31 @@ def test_text_is_the_same(family):
     ids = zoo.batch(family)["input_ids"]
     options = dict(max_new_tokens=16, compile=False)
     assert torch.equal(fds.generate(fast, fast.place(params), ids, **options), fds.generate(program, program.place(params), ids, **options))  # fmt: skip
+
+
+def families():
+    """The table of docs/inference.md: what is matched in a tiny model of two layers of each family."""
+    lines = ["| family | generic | specialized: modules of two layers | not matched |", "|---|---|---|---|"]
+    for family in [*DECODERS, "bert", "t5", *ENCODERS]:
+        program, _ = fds.functionalize(model(family)[0])
+        found = report(program)
+        matched = ", ".join(f"{len(f.replaced)} `{f.rule.pattern}` by {f.rule.operator}" for f in found.found)
+        left = ", ".join(f"{k}: {v}" for f in found.found for k, v in f.left.items()) or "none"
+        text = "text, in every cache" if family in DECODERS else "forward"
+        text = {"bloom": f"{text}; no drafts", "gpt-neo": "text; no sliding cache"}.get(family, text)
+        lines.append(f"| {found.family} | {text} | {matched} | {left} |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
+    written = page.partition("<!-- families:begin -->")[2].partition("<!-- families:end -->")[0].strip()
+    assert written == families(), "write it anew: PYTHONPATH=.:tests python tests/inference/test_policies.py"
+
+
+if __name__ == "__main__":
+    path = Path(__file__).parents[2] / "docs" / "inference.md"
+    head, _, rest = path.read_text().partition("<!-- families:begin -->")
+    path.write_text(
+        f"{head}<!-- families:begin -->\n{families()}\n<!-- families:end -->{rest.partition('<!-- families:end -->')[2]}"
+    )
