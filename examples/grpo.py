@@ -1,8 +1,8 @@
-"""GRPO on a task with a checkable answer: a tiny Llama, from random weights, learns to add two digits, sharded over two ranks.
+"""GRPO on a task with a checkable answer: a tiny Llama, from random weights, learns to add, sharded over two ranks.
 
     torchrun --standalone --nproc-per-node 2 examples/grpo.py
 
-Every step: each rank draws problems, samples a group of answers to each with the training weights, rewards right digits, and takes one step towards
+Every step: each rank draws problems, samples a group of answers to each with the training weights, rewards right tokens, and takes one step towards
 the answers that were better than their group's mean (Shao et al. 2024, arXiv:2402.03300, without its KL term). Draws the reward.
 """
 
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fds
 from fds.inference import hybrid
 
-TOKENS = "0123456789+="
+TOKENS = "0123456789+=."
 
 
 def model() -> LlamaForCausalLM:
@@ -28,10 +28,10 @@ def model() -> LlamaForCausalLM:
 
 
 def problems(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Prompts like "7+5=" [count, 4], and the two digits of their sums [count, 2]."""
-    a, b = torch.randint(10, (2, count), generator=torch.Generator().manual_seed(seed))
-    plus, equals = (torch.full((count,), TOKENS.index(c)) for c in "+=")
-    return torch.stack([a, plus, b, equals], 1), torch.stack([(a + b) // 10, (a + b) % 10], 1)
+    """Prompts like "3+4=" [count, 4], and what should follow, "7." [count, 2]."""
+    a, b = torch.randint(5, (2, count), generator=torch.Generator().manual_seed(seed))
+    plus, equals, stop = (torch.full((count,), TOKENS.index(c)) for c in "+=.")
+    return torch.stack([a, plus, b, equals], 1), torch.stack([a + b, stop], 1)
 
 
 def logprobs(program: fds.Program, stored: dict, ids: Tensor, new: int) -> Tensor:
@@ -54,7 +54,7 @@ def draw(rewards: list[float], seconds: list[float], path: Path) -> None:
     axes.plot(rewards, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(range(len(rewards) - len(smooth), len(rewards)), smooth, color="tab:blue")
     axes.set(
-        xlabel=f"steps ({seconds[-1] - seconds[0]:.0f} s in all)", ylabel="share of digits that are right", ylim=(0, 1)
+        xlabel=f"steps ({seconds[-1] - seconds[0]:.0f} s in all)", ylabel="share of tokens that are right", ylim=(0, 1)
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

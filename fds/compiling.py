@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fds import tree
 from fds._torch import nonstrict_trace
@@ -32,6 +33,23 @@ def traced(f: Callable[..., Any]) -> Callable[..., Any]:
     # would answer for every other, silently (torch 2.13). A code object of its own is guarded on.
     own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
     return wraps(f)(own)
+
+
+def by_shape(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` compiled whole, a graph for each set of shapes of its arguments after the first (which has to keep its shapes).
+
+    Dynamo gives up at the eighth shape of a code object (`recompile_limit`), which with ``fullgraph=True`` is an error: each has one of its own.
+    """
+    graphs: dict[Any, Callable[..., Any]] = {}
+
+    def run(first: Any, *args: Any) -> Any:
+        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves(args))
+        if key not in graphs:
+            own = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, None, f.__closure__)
+            graphs[key] = torch.compile(own, fullgraph=True, dynamic=False)  # pyright: ignore[reportUnknownMemberType]
+        return graphs[key](first, *args)
+
+    return run
 
 
 def compile(

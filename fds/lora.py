@@ -77,7 +77,7 @@ def lora(
         lens=partial(_lens, settings),
         provides=frozenset(["lora"]),
         conflicts=frozenset(["flat", "lora", "tensor", "whole"]),
-        check=partial(_check, settings),
+        check=partial(check_targets, settings),
         settings=settings,
     )
 
@@ -89,7 +89,7 @@ class _Lora(Transform):
     settings: Lora = attrs.field(kw_only=True)
 
     def _on_site(self, site: str, p: Program) -> Program:
-        targets = _targets(self.settings, p)
+        targets = targets_of(self.settings, p)
         new = super()._on_site(site, p)
         if self.name == "lora" and self.settings.dropout:
             for name in targets:
@@ -116,7 +116,8 @@ def fuse_lora() -> Transform:
     return attrs.evolve(whole(rewrite, name="fuse_lora", requires=["lora"], conflicts=["whole"]), rewrite=rewrite)
 
 
-def _check(settings: Lora, program: Program) -> None:
+def check_targets(settings: Lora, program: Program) -> None:
+    """Raise `ValueError` unless every pattern names a weight of a linear layer."""
     spec = {k: v for p in (program.sites or {"": program}).values() for k, v in parameters(p).items()}
     lookup = program.marks.get("lookup", frozenset())
     for pattern in settings.targets:
@@ -132,7 +133,8 @@ def _is_linear(name: str, leaf: Tensor, lookup: frozenset[str]) -> bool:
     return leaf.dim() == 2 and name.endswith("weight") and name not in lookup
 
 
-def _targets(settings: Lora, p: Program) -> list[str]:
+def targets_of(settings: Lora, p: Program) -> list[str]:
+    """The weights at a site that the settings name."""
     return [
         k
         for k, v in parameters(p).items()
@@ -166,7 +168,7 @@ def _delta(settings: Lora, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
 
 
 def _lens(settings: Lora, p: Program) -> Lens:
-    targets, transposed = _targets(settings, p), p.marks.get("transposed", frozenset())
+    targets, transposed = targets_of(settings, p), p.marks.get("transposed", frozenset())
 
     def put(params: Params) -> Params:
         out = {k: v.detach() for k, v in params.items()}

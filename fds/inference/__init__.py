@@ -1,5 +1,6 @@
 """Serving: key-value caches, decoding, sampling, rules that put operators into models, and an engine by DeepSpeed's settings."""
 
+from fds.inference.adapters import NONE, adapters, choose, load_adapter
 from fds.inference.cache import CacheConfig
 from fds.inference.config import InferenceConfig
 from fds.inference.decoding import Decoding
@@ -20,6 +21,7 @@ from fds.inference.workspace import Workspace
 __all__ = [
     "INFERENCE_GENERIC_MODE",
     "INFERENCE_SPECIALIZED_MODE",
+    "NONE",
     "CacheConfig",
     "Decoding",
     "Draft",
@@ -30,10 +32,13 @@ __all__ = [
     "Sampling",
     "Statistics",
     "Workspace",
+    "adapters",
+    "choose",
     "default_inference_config",
     "generate",
     "hybrid",
     "init_inference",
+    "load_adapter",
     "policies",
     "replace_transformer_layer",
     "report",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fds import tree
-from fds.compiling import traced
+from fds.compiling import by_shape, traced
 from fds.inference import cache as caches
 from fds.inference.cache import CacheConfig
 from fds.inference.decoding import Decoding
@@ -19,6 +19,7 @@ from fds.program import Program
 from fds.randomness import mix
 
 _ROOM = 64  # caches and compiled prompts grow in steps of this many tokens, so that nearby lengths share graphs
+_PAGES = 16  # and stores of pages in steps of as many pages
 _EVERY = 16  # tokens from one look at what is still running to the next, where looking means waiting
 
 
@@ -71,7 +72,7 @@ class _Loop:
 
     def __init__(self, decoding: Decoding, greedy: bool, penalised: bool) -> None:
         self.decoding, self.greedy, self.penalised = decoding, greedy, penalised
-        region = traced(few_rows(self.next))
+        region, prompt = traced(few_rows(self.next)), traced(decoding.prefill)
 
         def body(stored: Any, carry: Carry, numbers: dict[str, Tensor]) -> Tensor:
             new = region(stored, carry, numbers)
@@ -79,8 +80,10 @@ class _Loop:
                 old.copy_(value)  # donated: Inductor writes the one new row in place
             return new["token"]
 
-        self.compiled = torch.compile(body, fullgraph=True, dynamic=False)
-        self.prompt = torch.compile(traced(decoding.prefill), fullgraph=True, dynamic=False)
+        def filled(stored: Any, *args: Any) -> tuple[Tensor, Any]:
+            return prompt(stored, *args)
+
+        self.compiled, self.prompt = by_shape(body), by_shape(filled)
 
     def next(self, stored: Any, carry: Carry, numbers: dict[str, Tensor]) -> Carry:
         """One token more of every row."""
@@ -149,8 +152,8 @@ def generate(
             host waits for each.
         n: samples of each prompt, which is prefilled once; rows of one prompt are neighbours.
         cache: "static", "sliding", "paged", each also with "-int8"; or a `CacheConfig`.
-        compile: compile the steps for prompts (their width rounded up to a multiple of 64) and for single tokens. They are kept with the program
-            for later calls of nearby lengths.
+        compile: compile the steps for prompts (their width rounded up to a multiple of 64, long ones of 256 or 1,024) and for single tokens. Graphs are
+            kept with the program for later calls of nearby lengths.
         draft: speculative decoding (`Draft`): a smaller model, or the text itself, proposes tokens that are looked at together. The distribution is the
             same, greedy tokens are the same; with a seed, other draws. Not with `stop_strings`, `on_token` or a repetition penalty.
         workspace: buffers that stay from call to call.
@@ -165,6 +168,10 @@ def generate(
     decoding = _decoding(program, CacheConfig.of(cache), ahead)
     _check_draft(draft, decoding, sampling, stop_strings, on_token)
     config: Any = getattr(program.origin.core, "config", None)
+    if n > 1 and any(t.name == "adapters" for t in program.history):
+        raise ValueError(
+            "generate: n > 1 with adapters(...), which are chosen row by row; repeat the prompts, and choose for each"
+        )
     prompts, lengths = _checked(input_ids, attention_mask, config, max_new_tokens, n)
     ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     stops = _stops(stop_strings, tokenizer)
@@ -174,7 +181,7 @@ def generate(
     if compile:
         tokens = torch.nn.functional.pad(tokens, (0, min(_rounded(longest), slots) - longest))
     paged = caches.tables(decoding.config, (lengths + max_new_tokens + ahead - 1).tolist(), slots)
-    paged = (paged[0].to(tokens.device), paged[1]) if paged else ()
+    paged = (paged[0].to(tokens.device), -(-paged[1] // _PAGES) * _PAGES) if paged else ()
 
     loop = _loop(program, decoding, sampling)
     logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, lengths, slots, paged)
@@ -187,12 +194,12 @@ def generate(
     every = 1 if stops or (tokens.device.type == "cpu" and not program.data_axes) else _EVERY
     carry = loop.chosen(logits.repeat_interleave(n, 0), carry, numbers)
     rounds = None if draft is None else _rounds(program, decoding, draft, sampling)
+    theirs = {} if draft is None or draft.stored is None else draft.stored
     if rounds is not None:
-        assert draft is not None
-        carry = prepared(rounds.speculation, draft.stored, carry, tokens, lengths, slots, n, logits.shape[1])
+        carry = prepared(rounds.speculation, theirs, carry, tokens, lengths, slots, n, logits.shape[1])
     carry = (workspace or Workspace()).take(carry)  # to be written over
     if rounds is not None:
-        carry = _by_rounds(rounds, stored, carry, numbers, max_new_tokens, compile, program)
+        carry = _by_rounds(rounds, stored, theirs, carry, numbers, max_new_tokens, compile, program)
         return _result(input_ids, carry, max_new_tokens, n, numbers["pad"], details)
     for i in range(1, max_new_tokens + 1):
         if on_token is not None:
@@ -241,11 +248,10 @@ class _Rounds:
                 old.copy_(value)
             return new["token"]
 
-        self.compiled = torch.compile(body, fullgraph=True, dynamic=False)
+        self.compiled = by_shape(body)
 
 
-def _by_rounds(rounds: _Rounds, stored: Any, carry: Carry, numbers: dict[str, Tensor], most: int, compile: bool, program: Program) -> Carry:  # fmt: skip
-    theirs = rounds.speculation.draft.stored or {}
+def _by_rounds(rounds: _Rounds, stored: Any, theirs: Any, carry: Carry, numbers: dict[str, Tensor], most: int, compile: bool, program: Program) -> Carry:  # fmt: skip
     while _any_rank(carry["running"] & (carry["length"] < most), program):
         if compile:
             rounds.compiled(stored, theirs, carry, numbers)
@@ -263,7 +269,9 @@ def _rounds(program: Program, decoding: Decoding, draft: Draft, sampling: Sampli
 
 
 def _rounded(n: int) -> int:
-    return -(-n // _ROOM) * _ROOM
+    """Room for n tokens: the next multiple of 64, from 512 on of 256, from 4,096 on of 1,024."""
+    step = _ROOM * (1 if n <= 8 * _ROOM else 4 if n <= 64 * _ROOM else 16)
+    return -(-n // step) * step
 
 
 def _decoding(program: Program, config: CacheConfig, ahead: int) -> Decoding:

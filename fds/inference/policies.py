@@ -12,7 +12,6 @@ from typing import Any
 import attrs
 
 from fds import tree
-from fds.kernels.inject import fits, use
 from fds.program import Program
 from fds.transform import at, chain
 
@@ -102,6 +101,8 @@ def family_of(program: Program) -> str:
 
 def report(program: Program) -> Report:
     """What the rules of the model's family match in it, what they do not, and why."""
+    from fds.kernels.inject import fits  # imports Triton, which takes a while
+
     core: Any = program.origin.core
     policy = _POLICIES.get(family_of(program))
     names = [name for name, _ in core.module.named_modules() if name]
@@ -126,6 +127,8 @@ def replace_transformer_layer(program: Program, mode: str = INFERENCE_SPECIALIZE
         raise ValueError(f"inference mode {mode!r} is unknown; {tree.suggest(str(mode), MODES)}")
     if mode == INFERENCE_GENERIC_MODE:
         return program
+    from fds.kernels.inject import use  # imports Triton, which takes a while
+
     found = report(program)
     if not found.found:
         raise ValueError(

@@ -203,3 +203,12 @@ def test_bad_prompts_and_models():
             fds.generate(*set_up(family), ids, max_new_tokens=4)
     with pytest.raises(ValueError, match="top_k"):
         Sampling(top_k=-2)
+
+
+def test_more_shapes_than_dynamo_allows():
+    """Each has a graph of its own."""
+    (program, stored), (ids, _) = set_up(), prompts()
+    with torch._dynamo.config.patch(cache_size_limit=1):
+        for rows in (1, 2):
+            want = fds.generate(program, stored, ids[:rows], max_new_tokens=3, compile=False)
+            assert torch.equal(fds.generate(program, stored, ids[:rows], max_new_tokens=3), want)
