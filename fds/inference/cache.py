@@ -179,8 +179,3 @@ def grown(cache: Cache, slots: int) -> Cache:
     if len(sizes) > 1 or slots < min(sizes):
         raise ValueError(f"cache: layers of {sorted(sizes)} slots to {slots}; required one size, and no smaller one")
     return {**cache, "layers": [{k: torch.nn.functional.pad(x, (0, 0, 0, slots - x.shape[2])) for k, x in layer.items()} for layer in cache["layers"]]}  # fmt: skip
-
-
-def nbytes(cache: Cache) -> int:
-    """Bytes of a cache."""
-    return tree.nbytes(cache)

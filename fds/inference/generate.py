@@ -67,23 +67,30 @@ class Sampling:
 Carry = dict[str, Any]
 
 
+def _in_place(step: Callable[..., Carry]) -> Callable[..., Tensor]:
+    """``step(*weights, carry, numbers)`` compiled; the carry that goes in is written over. The new tokens come out."""
+    region = traced(few_rows(step))
+
+    def body(*args: Any) -> Tensor:
+        new = region(*args)
+        for old, value in zip(tree.flat(args[-2]), tree.flat(new), strict=True):
+            old.copy_(value)  # donated: Inductor writes the one new row in place
+        return new["token"]
+
+    return by_shape(body)
+
+
 class _Loop:
     """The steps of one program, for one kind of cache and one way of choosing."""
 
     def __init__(self, decoding: Decoding, greedy: bool, penalised: bool) -> None:
         self.decoding, self.greedy, self.penalised = decoding, greedy, penalised
-        region, prompt = traced(few_rows(self.next)), traced(decoding.prefill)
-
-        def body(stored: Any, carry: Carry, numbers: dict[str, Tensor]) -> Tensor:
-            new = region(stored, carry, numbers)
-            for old, value in zip(tree.flat(carry), tree.flat(new), strict=True):
-                old.copy_(value)  # donated: Inductor writes the one new row in place
-            return new["token"]
+        prompt = traced(decoding.prefill)
 
         def filled(stored: Any, *args: Any) -> tuple[Tensor, Any]:
             return prompt(stored, *args)
 
-        self.compiled, self.prompt = by_shape(body), by_shape(filled)
+        self.compiled, self.prompt = _in_place(self.next), by_shape(filled)
 
     def next(self, stored: Any, carry: Carry, numbers: dict[str, Tensor]) -> Carry:
         """One token more of every row."""
@@ -239,16 +246,7 @@ class _Rounds:
     """Rounds of speculative decoding, compiled."""
 
     def __init__(self, speculation: Speculation) -> None:
-        self.speculation = speculation
-        region = traced(few_rows(speculation.round))
-
-        def body(stored: Any, theirs: Any, carry: Carry, numbers: dict[str, Tensor]) -> Tensor:
-            new = region(stored, theirs, carry, numbers)
-            for old, value in zip(tree.flat(carry), tree.flat(new), strict=True):
-                old.copy_(value)
-            return new["token"]
-
-        self.compiled = by_shape(body)
+        self.speculation, self.compiled = speculation, _in_place(speculation.round)
 
 
 def _by_rounds(rounds: _Rounds, stored: Any, theirs: Any, carry: Carry, numbers: dict[str, Tensor], most: int, compile: bool, program: Program) -> Carry:  # fmt: skip

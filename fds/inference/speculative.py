@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fds import tree
+from fds.inference import cache as caches
 from fds.inference.decoding import Decoding
 from fds.program import Program
 from fds.randomness import mix
@@ -182,4 +182,4 @@ def prepared(speculation: Speculation, theirs: Any, carry: Carry, prompts: Tenso
         more = {"text": F.pad(prompts, (0, max(room, 0))).repeat_interleave(n, 0), "size": lengths.repeat_interleave(n)}
         return {**carry, **more, "vocabulary": torch.zeros(vocabulary, device=prompts.device)}
     _, cache = speculation.drafter.prefill(theirs, prompts, lengths, slots)
-    return {**carry, "draft": tree.map(lambda x: x.repeat_interleave(n, 0), cache)}
+    return {**carry, "draft": caches.repeated(cache, n)}
