@@ -113,28 +113,31 @@ class AttentionByProducts(TorchDispatchMode):
         self.dtypes = dtypes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ATTENTION_BACKWARD and self._worth(*args[:4], dropout=args[6]):
-            return _attention_gradient(*args[:6], args[7], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is _ATTENTION_BACKWARD:
+            g, q, k, v, out, lse, dropout, causal = args
+            if self._worth(q, k, v, dropout):
+                return _attention_gradient(g, q, k, v, out, lse, causal, **kwargs)
+        return func(*args, **kwargs)
 
-    def _worth(self, _: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
+    def _worth(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
         if q.device.type != "cpu" or q.dtype not in self.dtypes or dropout or q.shape[:2] != k.shape[:2]:
             return False
-        size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        size: Any = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         return isinstance(size, int) and size <= _ATTENDED
 
 
 def _attention_gradient(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of softmax(scale q k^T + mask) v by q, k, v, from the logsumexp of every row: all [rows, heads, length, width], lse without the last."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    x = (q @ k.mT).float() * scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    x = (q @ k.mT).float() * factor
     if attn_mask is not None:
         x = x + attn_mask  # additive: the kernel takes no other
     if causal:
         x = x.masked_fill(torch.ones(x.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
     p = torch.where(x == float("-inf"), 0.0, (x - lse[..., None]).exp())  # also in a row that sees nothing
     share = (g.float() * out.float()).sum(-1, keepdim=True)
-    d = (p * ((g @ v.mT).float() - share) * scale).to(q.dtype)
+    d = (p * ((g @ v.mT).float() - share) * factor).to(q.dtype)
     return d @ k, d.mT @ q, p.to(q.dtype).mT @ g
 
 

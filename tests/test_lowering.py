@@ -58,7 +58,7 @@ def test_the_gradient_of_attention_by_products(masked):
 
     calls = []
     with lowering.AttentionByProducts(WIDE) as mode:
-        real, mode._worth = mode._worth, lambda *a, **k: calls.append(real(*a, **k)) or calls[-1]
+        real, mode._worth = mode._worth, lambda *a: calls.append(real(*a)) or calls[-1]
         got = torch.autograd.grad(f(*qkv), qkv)
     assert calls == [True]
     for g, w in zip(got, torch.autograd.grad(f(*wide), wide), strict=True):
@@ -70,11 +70,11 @@ def test_what_stays_with_the_kernel(monkeypatch):
     """Other dtypes, dropout, and more weights than fit into a cache."""
     q = drawn(1, 2, 16, 8)
     mode = lowering.AttentionByProducts(WIDE)
-    assert mode._worth(q, q, q, q, dropout=0.0)
-    assert not mode._worth(q, q.float(), q.float(), q.float(), dropout=0.0)
-    assert not mode._worth(q, q, q, q, dropout=0.1)
+    assert mode._worth(q, q, q, 0.0)
+    assert not mode._worth(q.float(), q.float(), q.float(), 0.0)
+    assert not mode._worth(q, q, q, 0.1)
     monkeypatch.setattr(lowering, "_ATTENDED", 2 * 16 * 16 - 1)
-    assert not mode._worth(q, q, q, q, dropout=0.0)
+    assert not mode._worth(q, q, q, 0.0)
 
 
 def products(f, *args):

@@ -106,8 +106,8 @@ def _native(hidden: Tensor) -> _Arithmetic:
     low = hidden.dtype
 
     def rows(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        *found, d = _rows(*args)
-        return *found, None if d is None else d.to(low)
+        loss, lse, spread, d = _rows(*args)
+        return loss, lse, spread, None if d is None else d.to(low)
 
     def accumulate(total: Tensor | None, d: Tensor, h: Tensor) -> Tensor:
         part = (d.mT @ h).float()

@@ -148,7 +148,7 @@ scatter_op = linear_operator(
 # --- gather and scatter, begun and ended apart (schedule.py) ---
 
 _LATER: Any = torch.ops._c10d_functional  # collectives that return at once, and `wait_tensor`
-_register: Any = torch._C._distributed_c10d._register_work  # of a tensor that `wait_tensor` is to wait for
+_register: Any = torch._C._distributed_c10d._register_work  # pyright: ignore[reportAttributeAccessIssue]  # of a tensor that `wait_tensor` is to wait for
 
 
 def _begin_gather(x: Tensor, n: int, group: str) -> Tensor:
