@@ -65,9 +65,7 @@ class InferenceConfig:
 
     def __attrs_post_init__(self) -> None:
         for name in ("max_out_tokens", "min_out_tokens"):
-            value: Any = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: given {value!r}, required a whole number >= 1")
+            tree.positive(name, getattr(self, name))
         for name in ("replace_with_kernel_inject", "enable_cuda_graph"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: given {getattr(self, name)!r}, required true or false")

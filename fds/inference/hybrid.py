@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fds import tree
 from fds.inference.generate import generate
+from fds.inference.prompts import room
 from fds.inference.workspace import Workspace
 from fds.lora import fuse_lora
 from fds.precision import cast
 from fds.program import Program, check_stored
-from fds.transform import Transform, bridge
+from fds.transform import Transform, bridge, check_same_module
 
 _LEFT_OUT = ("shard", "replicate", "quantized", "checkpoint", "offload", "compile", "at")
 
@@ -76,11 +77,7 @@ class Hybrid:
 
     def generate(self, stored: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, **options: Any) -> Any:  # fmt: skip
         """`fds.generate` with the weights of a training state. `ValueError` for more than `max_out_tokens` in all, before any work."""
-        prompt = input_ids.shape[-1] if attention_mask is None else int((attention_mask != 0).sum(-1).max())
-        if prompt + max_new_tokens > self.max_out_tokens:
-            raise ValueError(
-                f"generate: prompt {prompt} + max_new_tokens {max_new_tokens} = {prompt + max_new_tokens}, max_out_tokens is {self.max_out_tokens}; shorten either, or raise it in hybrid()"
-            )
+        room(input_ids, attention_mask, max_new_tokens, self.max_out_tokens, "hybrid()")
         weights = self.weights(stored)
         with self.measured("generate"):
             out = generate(self.serve, weights, input_ids, attention_mask, max_new_tokens=max_new_tokens, workspace=self.workspace, **options)  # fmt: skip
@@ -154,16 +151,14 @@ def hybrid(
     Raises `ValueError` for a setting out of range, and for a `serve` of another model.
     """
     for name, value in (("max_out_tokens", max_out_tokens), ("inference_tp_size", inference_tp_size), ("tp_gather_partition_size", tp_gather_partition_size)):  # fmt: skip
-        if type(value) is not int or value < 1:
-            raise ValueError(f"hybrid: {name}={value!r}, required a whole number >= 1")
+        tree.positive(f"hybrid: {name}", value)
     if serve is None:
         serve = _serving(train, fuse, inference_tp_size)
     elif inference_tp_size != 1 or not fuse:
         raise ValueError(
             "hybrid: inference_tp_size and fuse say how to make a serving program, and serve= is one; give one of them"
         )
-    if serve.sites.keys() != train.sites.keys() or any(list(serve.sites[s].origin.spec) != list(train.sites[s].origin.spec) for s in serve.sites):  # fmt: skip
-        raise ValueError("hybrid: serve is of another model than train; make both from one functionalize")
+    check_same_module(train, serve, what="hybrid")
     return Hybrid(train, serve, max_out_tokens, release_inference_cache, pin_parameters, tp_gather_partition_size)
 
 
