@@ -62,9 +62,11 @@ SERVED = {
     "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_SEQ2SEQ, decoder_start_token_id=2)),
     "mbart": lambda: tf.MBartForConditionalGeneration(tf.MBartConfig(**_SEQ2SEQ, decoder_start_token_id=5, scale_embedding=True)),
     "pegasus": lambda: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**_SEQ2SEQ, decoder_start_token_id=0)),
-    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_SEQ2SEQ, decoder_start_token_id=0)),
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_SEQ2SEQ, decoder_start_token_id=0, tie_word_embeddings=False)),
     "qwen3-moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**_BASE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, experts_implementation="batched_mm")),
 }  # fmt: skip
+
+ENCODED = ("t5", "t5-eager", "mt5", "bart", "mbart", "pegasus", "marian")  # with an encoder and a decoder
 
 
 def build(family, *, training=False):
@@ -95,7 +97,7 @@ def batch(family, rows=4, *, seed=1):
     if family == "convnet":
         return {"pixels": torch.randn(rows, 4, 6, 6, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (rows, 12), generator=generator)
-    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)[:, :7]} if family == "t5" else {"input_ids": ids}
+    return {"input_ids": ids, **({"decoder_input_ids": ids.flip(1)[:, :7]} if family in ENCODED else {})}
 
 
 def loss_of(out):

@@ -86,7 +86,11 @@ class AcrossLayer(CacheLayerMixin):
         """Made by the first update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.layer, self.keys = caches.coded(self.config, key_states, value_states), key_states
+        # In the order of [rows, heads, tokens, width], as every later step reads them.
+        self.layer, self.keys = (
+            caches.coded(self.config, key_states.contiguous(), value_states.contiguous()),
+            key_states,
+        )
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

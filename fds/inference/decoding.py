@@ -22,7 +22,14 @@ from fds.inference.cache import Cache, CacheConfig
 from fds.program import Program
 
 _ADDITIVE = torch.finfo(torch.float32).min
-_ENCODED = ("t5", "mt5", "bart", "mbart", "pegasus", "marian")  # encoder-decoder models whose text was compared with transformers'
+_ENCODED = (
+    "t5",
+    "mt5",
+    "bart",
+    "mbart",
+    "pegasus",
+    "marian",
+)  # encoder-decoder models whose text was compared with transformers'
 
 
 @attrs.frozen
@@ -50,7 +57,11 @@ def family(module: Any) -> Family:
     config = getattr(module, "config", None)
     takes = inspect.signature(module.forward).parameters if config is not None else {}
     encoder = bool(getattr(config, "is_encoder_decoder", False))
-    if config is None or "past_key_values" not in takes or (getattr(module, "get_output_embeddings", lambda: None)() is None):
+    if (
+        config is None
+        or "past_key_values" not in takes
+        or (getattr(module, "get_output_embeddings", lambda: None)() is None)
+    ):
         raise ValueError(
             f"generate: {type(module).__name__} is not a language model of transformers with a key-value cache and an output layer; use transformers' own generate on the exported model (fds.save)"
         )
@@ -119,7 +130,9 @@ class Decoding:
         `begin` int64 [rows, first]: for a model with an encoder, what its decoder begins with; the logits are behind that, and so are the slots.
         """
         if (begin is not None) != self.family.encoder:
-            raise ValueError("prefill: begin= is what a decoder behind an encoder begins with, for such models and no others")
+            raise ValueError(
+                "prefill: begin= is what a decoder behind an encoder begins with, for such models and no others"
+            )
         across, own = None, lengths
         if begin is not None:
             across, tokens = self._across(tokens, lengths, None), begin
@@ -168,7 +181,9 @@ class Decoding:
         return losses.logits_of(out)
 
     def _as_asked(self, mask: Tensor) -> Tensor:
-        return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, _ADDITIVE) if self.family.additive else mask
+        return (
+            torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, _ADDITIVE) if self.family.additive else mask
+        )
 
     def _held(self, windows: Any, slots: int, lengths: Tensor, table: Any, pages: int, layers: Any = None, at: Any = None) -> Any:  # fmt: skip
         from fds.inference.adapter import Held, HeldLayer

@@ -1,7 +1,6 @@
 """`init_inference`: a model and settings in, an engine out that shows the chain it is made of."""
 
 import logging
-import time
 from typing import Any
 
 import torch
@@ -9,10 +8,11 @@ from torch import Tensor, nn
 
 from fds.checkpoint import load
 from fds.functional import functionalize
+from fds.inference.clock import now
 from fds.inference.config import InferenceConfig, default_inference_config
 from fds.inference.generate import generate
-from fds.inference.prompts import room
 from fds.inference.policies import INFERENCE_GENERIC_MODE, INFERENCE_SPECIALIZED_MODE, replace_transformer_layer, report
+from fds.inference.prompts import room
 from fds.precision import cast, freeze
 from fds.program import Program
 from fds.quantize import quantize_frozen
@@ -63,9 +63,7 @@ class InferenceEngine:
         return found
 
     def _now(self) -> float:
-        if self._times is not None and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return 0.0 if self._times is None else now()
 
     def _note(self, start: float) -> None:
         if self._times is not None:

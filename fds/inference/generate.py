@@ -191,7 +191,7 @@ def generate(
     prompts = checked(program.origin.core, decoding.family.encoder, input_ids, attention_mask, decoder_input_ids, max_new_tokens)  # fmt: skip
     ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     stops = _stops(stop_strings, tokenizer)
-    text, lengths = prompts.text
+    lengths = prompts.text[1]
     slots = _rounded(int(lengths.max()) + max_new_tokens + ahead - 1)
     tokens = _cut(prompts, None if prompts.begin is not None else slots, compile)
     paged = caches.tables(decoding.config, (lengths + max_new_tokens + ahead - 1).tolist(), slots)
@@ -212,25 +212,22 @@ def generate(
     if rounds is not None:
         carry = prepared(rounds.speculation, theirs, carry, tokens, lengths, slots, n, logits.shape[1])
     carry = (workspace or Workspace()).take(carry)  # to be written over
-    front = input_ids if prompts.begin is None else prompts.begin
+    going = lambda c: _any_rank(c["running"] & (c["length"] < max_new_tokens), program)  # noqa: E731
     if rounds is not None:
-        step = _stepped(rounds.compiled, (stored, theirs, carry, numbers), cuda_graph) if compile else None
-        carry = _by_rounds(rounds, stored, theirs, carry, numbers, max_new_tokens, step, program)
-        return _result(front, carry, max_new_tokens, n, numbers["pad"], details)
-    step = _stepped(loop.compiled, (stored, carry, numbers), cuda_graph) if compile else None
-    for i in range(1, max_new_tokens + 1):
-        if on_token is not None:
-            on_token(carry["token"].clone())
-        if stops is not None:
-            carry["running"] &= ~stops(carry["tokens"][:, :i], None)
-        done = i == max_new_tokens or ((ends or stops) and i % every == 0 and not _any_rank(carry["running"], program))
-        if done:
-            break
-        if step is not None:
-            step()
-        else:
-            carry = loop.next(stored, carry, numbers)  # pure
-    return _result(front, carry, max_new_tokens, n, numbers["pad"], details)
+        step = _stepped(rounds.compiled, rounds.speculation.round, (stored, theirs), numbers, compile, cuda_graph)
+        while going(carry):
+            carry = step(carry)
+    else:
+        step = _stepped(loop.compiled, loop.next, (stored,), numbers, compile, cuda_graph)
+        for i in range(1, max_new_tokens + 1):
+            if on_token is not None:
+                on_token(carry["token"].clone())
+            if stops is not None:
+                carry["running"] &= ~stops(carry["tokens"][:, :i], None)
+            if i == max_new_tokens or ((ends or stops) and i % every == 0 and not going(carry)):
+                break
+            carry = step(carry)
+    return _result(input_ids if prompts.begin is None else prompts.begin, carry, max_new_tokens, n, numbers["pad"], details)  # fmt: skip
 
 
 def _cut(prompts: Prompts, slots: int | None, compile: bool) -> Tensor:
@@ -242,18 +239,31 @@ def _cut(prompts: Prompts, slots: int | None, compile: bool) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, max(width - tokens.shape[1], 0)))
 
 
-def _stepped(compiled: ByShape, args: tuple[Any, ...], record: bool) -> Callable[[], Any]:
-    """The compiled step of these arguments, which it writes to: all of a call's steps have one graph."""
-    step = partial(compiled.of(*args[1:]), *args)
-    return Recorded(step) if record else step
+def _stepped(compiled: ByShape, pure: Callable[..., Carry], weights: tuple[Any, ...], numbers: dict[str, Tensor], compile: bool, record: bool) -> Callable[[Carry], Carry]:  # fmt: skip
+    """From carry to carry: `pure`, or the compiled step, which writes over what it is given. All steps of a call have one graph."""
+    if not compile:
+        return lambda carry: pure(*weights, carry, numbers)
+    run: list[Callable[[], Any]] = []
+
+    def step(carry: Carry) -> Carry:
+        if not run:
+            once = partial(compiled.of(*weights[1:], carry, numbers), *weights, carry, numbers)
+            run.append(Recorded(once) if record else once)
+        run[0]()
+        return carry
+
+    return step
 
 
 def _check_recordable(program: Program, ids: Tensor, compile: bool) -> None:
     if ids.device.type != "cuda":
-        raise ValueError(f"generate: cuda_graph=True for input_ids on {ids.device}; leave it out, or move weights and prompts to CUDA")
+        raise ValueError(
+            f"generate: cuda_graph=True for input_ids on {ids.device}; leave it out, or move weights and prompts to CUDA"
+        )
     if not compile:
         raise ValueError("generate: cuda_graph=True with compile=False, whose steps make new tensors; give one of them")
-    if program.data_axes or any(p.handles for p in program.sites.values()) or any(t.shared for t in program.history):
+    axes = [*program.data_axes, *(a for t in program.history for a in t.shared)]
+    if any(a.size > 1 for a in axes) or any(p.handles for p in program.sites.values()):
         raise ValueError(
             "generate: cuda_graph=True with weights that come from other ranks or a store, which a recorded step does not wait for; leave it out, or relayout into whole weights"
         )
@@ -275,7 +285,9 @@ def _check_draft(draft: Draft | None, decoding: Decoding, sampling: Sampling, st
             "generate: draft= with stop_strings, on_token or repetition_penalty, which go token by token; leave out one or the other"
         )
     if decoding.family.together:
-        raise ValueError(f"generate: draft= lets rows go on by several tokens, and {decoding.family.together}; leave it out")
+        raise ValueError(
+            f"generate: draft= lets rows go on by several tokens, and {decoding.family.together}; leave it out"
+        )
 
 
 class _Rounds:
@@ -283,15 +295,6 @@ class _Rounds:
 
     def __init__(self, speculation: Speculation) -> None:
         self.speculation, self.compiled = speculation, _in_place(speculation.round)
-
-
-def _by_rounds(rounds: _Rounds, stored: Any, theirs: Any, carry: Carry, numbers: dict[str, Tensor], most: int, step: Callable[[], Any] | None, program: Program) -> Carry:  # fmt: skip
-    while _any_rank(carry["running"] & (carry["length"] < most), program):
-        if step is not None:
-            step()
-        else:
-            carry = rounds.speculation.round(stored, theirs, carry, numbers)
-    return carry
 
 
 def _rounds(program: Program, decoding: Decoding, draft: Draft, sampling: Sampling) -> _Rounds:
@@ -355,4 +358,3 @@ def _any_rank(running: Tensor, program: Program) -> bool:
     for a in program.data_axes:
         count = a.sum(count)
     return bool(count > 0)
-

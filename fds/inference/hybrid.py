@@ -5,17 +5,16 @@ from them site by site and is dropped when they change; what it needs as it is, 
 nothing to undo, so no number of switches changes a bit.
 """
 
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
 from fds import tree
+from fds.inference.clock import now
 from fds.inference.generate import generate
 from fds.inference.prompts import room
 from fds.inference.workspace import Workspace
@@ -62,7 +61,7 @@ class Hybrid:
         self._pin, self._together = pin, together
         self._from: list[tuple[weakref.ref[Tensor], int]] = []
         self._weights: Any = None
-        self._times, self._samples, self._since = dict.fromkeys(("gather", "generate", "train"), 0.0), 0, _now()
+        self._times, self._samples, self._since = dict.fromkeys(("gather", "generate", "train"), 0.0), 0, now()
 
     def weights(self, stored: Any) -> Any:
         """The training weights in their serving form: made once for these weights; leaves of sites that are the same in both are the same tensors."""
@@ -97,16 +96,16 @@ class Hybrid:
         """Count the time of a block as "gather", "generate" or "train": ``with engine.measured("train"): state, _ = step(state, batch)``."""
         if what not in self._times:
             raise ValueError(f"measured: {what!r} is unknown; {tree.suggest(what, self._times)}")
-        start = _now()
+        start = now()
         try:
             yield
         finally:
-            self._times[what] += _now() - start
+            self._times[what] += now() - start
 
     def statistics(self) -> Statistics:
         """Since the last question."""
-        found = Statistics(_now() - self._since, **self._times, samples=self._samples)
-        self._times, self._samples, self._since = dict.fromkeys(self._times, 0.0), 0, _now()
+        found = Statistics(now() - self._since, **self._times, samples=self._samples)
+        self._times, self._samples, self._since = dict.fromkeys(self._times, 0.0), 0, now()
         return found
 
     def _made_from(self, leaves: Sequence[Tensor]) -> bool:
@@ -179,12 +178,6 @@ def _serving(train: Program, fuse: bool, ranks: int) -> Program:
         kept = [t for t in kept if t.name != "tensor_parallel"] + [tensor_parallel(mesh(dp=-1, tp=ranks)["tp"])]
     program = train.eval().replay(*kept)
     return fuse_lora()(program) if fuse and any(t.name == "lora" for t in kept) else program
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 __all__ = ["Hybrid", "Statistics", "hybrid"]
