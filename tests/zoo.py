@@ -62,7 +62,7 @@ SERVED = {
     "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_SEQ2SEQ, decoder_start_token_id=2)),
     "mbart": lambda: tf.MBartForConditionalGeneration(tf.MBartConfig(**_SEQ2SEQ, decoder_start_token_id=5, scale_embedding=True)),
     "pegasus": lambda: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**_SEQ2SEQ, decoder_start_token_id=0)),
-    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_SEQ2SEQ, decoder_start_token_id=0, tie_word_embeddings=False)),
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_SEQ2SEQ, decoder_start_token_id=0, tie_word_embeddings=False, init_std=1.0)),
     "qwen3-moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**_BASE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, experts_implementation="batched_mm")),
 }  # fmt: skip
 

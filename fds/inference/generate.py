@@ -198,7 +198,8 @@ def generate(
     paged = (paged[0].to(tokens.device), -(-paged[1] // _PAGES) * _PAGES) if paged else ()
 
     loop = _loop(program, decoding, sampling)
-    logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, prompts.lengths, slots, paged, prompts.begin)  # fmt: skip
+    begin = () if prompts.begin is None else (prompts.begin,)  # None is nothing that Dynamo would hand on
+    logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, prompts.lengths, slots, paged, *begin)
     carry = _carry(logits, held, prompts, max_new_tokens + ahead - 1, n, sampling)
     numbers = sampling.numbers(tokens.device) | {
         "seed": torch.tensor(seed, device=tokens.device),
