@@ -62,7 +62,7 @@ SERVED = {
     "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_SEQ2SEQ, decoder_start_token_id=2)),
     "mbart": lambda: tf.MBartForConditionalGeneration(tf.MBartConfig(**_SEQ2SEQ, decoder_start_token_id=5, scale_embedding=True)),
     "pegasus": lambda: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**_SEQ2SEQ, decoder_start_token_id=0)),
-    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_SEQ2SEQ, decoder_start_token_id=0, tie_word_embeddings=False, init_std=1.0)),
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_SEQ2SEQ, decoder_start_token_id=0)),
     "qwen3-moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**_BASE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, experts_implementation="batched_mm")),
 }  # fmt: skip
 
@@ -79,13 +79,13 @@ def build(family, *, training=False):
     return model
 
 
-def lively(model):
+def lively(model, noise=0.4):
     """The model with weights whose greedy text goes on changing: with small ones, and the embedding for the output layer, it says one word again and again."""
     generator, embedding = torch.Generator().manual_seed(7), model.get_input_embeddings().weight
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1 and p is not embedding:
-                p.add_(0.4 * torch.randn(p.shape, generator=generator))
+                p.add_(noise * torch.randn(p.shape, generator=generator))
             elif p.dim() == 1 and name.endswith("weight"):
                 p.mul_(torch.randn(p.shape, generator=generator).sign())
     return model
