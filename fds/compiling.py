@@ -35,21 +35,50 @@ def traced(f: Callable[..., Any]) -> Callable[..., Any]:
     return wraps(f)(own)
 
 
-def by_shape(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` compiled whole, a graph for each set of shapes of its arguments after the first (which has to keep its shapes).
+class ByShape:
+    """A function compiled whole, a graph for each set of shapes of its arguments after the first (which has to keep its shapes).
 
     Dynamo gives up at the eighth shape of a code object (`recompile_limit`), which with ``fullgraph=True`` is an error: each has one of its own.
     """
-    graphs: dict[Any, Callable[..., Any]] = {}
 
-    def run(first: Any, *args: Any) -> Any:
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self._f: Any = f
+        self._graphs: dict[Any, Callable[..., Any]] = {}
+
+    def of(self, *args: Any) -> Callable[..., Any]:
+        """The compiled function for arguments like these behind the first: for who calls it many times with the same ones."""
         key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves(args))
-        if key not in graphs:
+        if key not in self._graphs:
+            f = self._f
             own = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, None, f.__closure__)
-            graphs[key] = torch.compile(own, fullgraph=True, dynamic=False)  # pyright: ignore[reportUnknownMemberType]
-        return graphs[key](first, *args)
+            self._graphs[key] = torch.compile(own, fullgraph=True, dynamic=False)  # pyright: ignore[reportUnknownMemberType]
+        return self._graphs[key]
 
-    return run
+    def __call__(self, first: Any, *args: Any) -> Any:
+        return self.of(*args)(first, *args)
+
+
+class Recorded:
+    """A step that writes to tensors that stay where they are, as a CUDA graph: the first call runs it, the second records it, that one and all later ones play it.
+
+    Without the host's part of a step, which is most of it for few rows. Nothing of it has run on a GPU so far.
+    """
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self._step = step
+        self._graph: Any = None
+        self._warm = False
+
+    def __call__(self) -> None:
+        if not self._warm:
+            self._step()  # compiles, and makes what libraries make at their first call
+            self._warm = True
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):  # recording runs nothing
+                self._step()
+        self._graph.replay()
 
 
 def compile(

@@ -391,12 +391,7 @@ def relayout(src: Program, dst: Program) -> Callable[[Any], Any]:
     Runs site by site, by way of the last representation that both programs have in common, so that one site at a time exists in that form. A
     site whose representation is the same in both programs is returned as it is, not copied; `stored` is never written.
     """
-    if src.sites.keys() != dst.sites.keys() or any(
-        list(src.sites[s].origin.spec) != list(dst.sites[s].origin.spec) for s in src.sites
-    ):
-        raise ValueError(
-            f"relayout: the programs have different sites or leaves ({len(src.sites)} and {len(dst.sites)} sites); both have to come from one functionalize"
-        )
+    check_same_module(src, dst, what="relayout")
 
     def run(stored: Stored) -> Stored:
         check_stored(stored, src.spec)
@@ -407,6 +402,14 @@ def relayout(src: Program, dst: Program) -> Callable[[Any], Any]:
         return out
 
     return run
+
+
+def check_same_module(a: Program, b: Program, *, what: str) -> None:
+    """Raise `ValueError` unless two programs have the same sites, and the same leaves in them, before all transformations."""
+    if a.sites.keys() != b.sites.keys() or any(list(a.sites[s].origin.spec) != list(b.sites[s].origin.spec) for s in a.sites):  # fmt: skip
+        raise ValueError(
+            f"{what}: the programs have different sites or leaves ({len(a.sites)} and {len(b.sites)} sites); both have to come from one functionalize"
+        )
 
 
 def bridge(src: Program, dst: Program) -> tuple[Callable[[Params], Params], Callable[[Params], Params]]:

@@ -228,6 +228,18 @@ def suggest(given: str, allowed: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed) or 'none'}"
 
 
+def positive(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is a whole number from 1 on.
+
+    >>> positive("rows", 0)
+    Traceback (most recent call last):
+    ...
+    ValueError: rows=0, required a whole number >= 1
+    """
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r}, required a whole number >= 1")
+
+
 def check_like(
     tree: Mapping[str, Mapping[str, Tensor]], spec: Mapping[str, Mapping[str, Tensor]], *, what: str
 ) -> None:

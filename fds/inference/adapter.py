@@ -5,21 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as Held
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, EncoderDecoderCache
 
 from fds.inference import cache as caches
 from fds.inference.cache import CacheConfig, Layer
 
-__all__ = ["Held", "HeldLayer"]
+__all__ = ["AcrossLayer", "EncoderDecoderCache", "Held", "HeldLayer"]
 
 
 class HeldLayer(CacheLayerMixin):
-    """A layer of a cache for the time of a call. Without `layer` it is filled by prompts, which then attend to themselves alone."""
+    """A layer of a cache for the time of a call. Without `layer` it is filled by prompts, which then attend to themselves alone.
+
+    `together`: the model counts positions itself, one count for all rows, by the tokens before the new ones.
+    """
 
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, config: CacheConfig, slots: int, lengths: Tensor, table: Tensor | None, pages: int, at: Tensor | None, layer: Layer | None, turned: bool) -> None:  # fmt: skip
+    def __init__(self, config: CacheConfig, slots: int, lengths: Tensor, table: Tensor | None, pages: int, at: Tensor | None, layer: Layer | None, turned: bool, together: bool) -> None:  # fmt: skip
         super().__init__()
         self.config, self.lengths, self.table, self.pages, self.at, self.layer = (
             config,
@@ -29,7 +32,7 @@ class HeldLayer(CacheLayerMixin):
             at,
             layer,
         )
-        self.slots, self.turn = slots, None
+        self.slots, self.turn, self.together = slots, None, together
         self.tokens = 0  # of a prompt
         self.is_initialized = layer is not None
         if layer is not None and at is not None:
@@ -57,9 +60,44 @@ class HeldLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.at is None else self.slots), 0
 
-    def get_seq_length(self) -> int:
-        """Every slot is before the new tokens, as far as models ask; which ones they see, masks say."""
-        return 0 if self.at is None else self.slots - 1
+    def get_seq_length(self) -> Any:
+        """Every slot is before the new tokens, as far as models ask; which ones they see, masks say. A number, or where models count by it a 0-D tensor."""
+        if self.at is None:
+            return 0
+        return self.at[0, 0] if self.together else self.slots - 1
 
     def get_max_length(self) -> int:
         return self.slots
+
+
+class AcrossLayer(CacheLayerMixin):
+    """Keys and values of an encoder's states in a layer of the decoder: made by the first call, without `layer`, and read by all others."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, config: CacheConfig, layer: Layer | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.config, self.layer, self.is_initialized = config, layer, layer is not None
+        if layer is not None and dtype is not None:
+            self.keys, self.values = caches.opened(layer, None, dtype)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Made by the first update."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # In the order of [rows, heads, tokens, width], as every later step reads them.
+        self.layer, self.keys = (
+            caches.coded(self.config, key_states.contiguous(), value_states.contiguous()),
+            key_states,
+        )
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length(), 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.layer is None else self.layer["keys"].shape[2]
+
+    def get_max_length(self) -> int:
+        return self.get_seq_length()

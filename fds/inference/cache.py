@@ -1,6 +1,6 @@
 """Key-value caches as trees of tensors: static, sliding, paged, in the model's dtype or in int8.
 
-    {"lengths": int64 [rows], "layers": [{"keys": .., "values": .., ..}, ..], "pages": int64 [rows, pages of a row]}
+    {"lengths": int64 [rows], "layers": [{"keys": .., "values": .., ..}, ..], "pages": int64 [rows, pages of a row], "across": {..}}
 
 A row's token at position p is in slot ``p % slots`` of its row, whatever the other rows have: rows of different lengths need no padding among
 them, and tokens that are taken back (of a draft) are overwritten by the next ones. Which position a slot holds follows from the last position
@@ -9,6 +9,9 @@ that was written (`positions`), so that a mask is all that attention has to be t
 A layer of a sliding window keeps the window, not the context. Pages of a paged cache belong to rows by a table, so that a row has as many as it
 needs; page 0 is nobody's: what a row writes beyond its pages goes there. int8 stores a scale for each token and head
 (absmax / 127 over the width).
+
+A decoder behind an encoder has a second part, ``"across"``: keys and values of the encoder's states ("layers", as wide as the prompts), their
+"lengths", and "states", an empty tensor of their dtype. It is written by the prompts and never again.
 """
 
 from collections.abc import Sequence
@@ -98,7 +101,7 @@ def tables(config: CacheConfig, lengths: Sequence[int], slots: int) -> tuple[()]
 
 def filled(config: CacheConfig, keys: Tensor, values: Tensor, lengths: Tensor, slots: int, table: Tensor | None, pages: int) -> Layer:  # fmt: skip
     """A layer that holds the first tokens [rows, heads, tokens, width] of rows, as many as `lengths` says."""
-    parts = _coded(config, keys, values)
+    parts = coded(config, keys, values)
     if table is None:
         return {k: _placed(x, lengths, slots) for k, x in parts.items()}
     out: Layer = {}
@@ -125,7 +128,7 @@ def written(config: CacheConfig, layer: Layer, keys: Tensor, values: Tensor, at:
     """A layer with new tokens [rows, heads, new, width] at positions `at` [rows, new]."""
     rows = torch.arange(at.shape[0], device=at.device)[:, None]
     out = dict(layer)
-    for k, x in _coded(config, keys, values).items():
+    for k, x in coded(config, keys, values).items():
         if table is None:
             place: list[Tensor | None] = [rows, None, at % layer[k].shape[2]]
         else:
@@ -153,7 +156,8 @@ def opened(layer: Layer, table: Tensor | None, dtype: torch.dtype) -> tuple[Tens
     return found["keys"], found["values"]
 
 
-def _coded(config: CacheConfig, keys: Tensor, values: Tensor) -> Layer:
+def coded(config: CacheConfig, keys: Tensor, values: Tensor) -> Layer:
+    """Keys and values as a layer of this dtype stores them."""
     if config.dtype is None:
         return {"keys": keys, "values": values}
     out: Layer = {}

@@ -47,7 +47,8 @@ class InferenceConfig:
     max_out_tokens: of prompt and new ones together, at most; a call for more is an error.
     min_out_tokens: new tokens that a prompt has to leave room for; else an error before anything is computed.
     replace_with_kernel_inject: "specialized" mode; see `inference.policies`.
-    enable_cuda_graph: CUDA graphs of the decode step. An error without CUDA.
+    enable_cuda_graph: record the decode step as a CUDA graph (`generate(cuda_graph=True)`). An error without CUDA, and with `zero` or ranks that share
+        weights. Never run on a GPU so far.
     quant: ``{"weight": {"num_bits": 8 or 4, "q_groups": ...}}``; a block of 128 has a scale, whatever `q_groups` says, which is refused if given.
     checkpoint: a directory of safetensors; weights come from there, leaf by leaf.
     zero: ``{"stage": 3, "offload_param": {"device": "cpu" or "nvme", "nvme_path": ...}}``: weights in host memory or files (ZeRO-Inference).
@@ -65,20 +66,21 @@ class InferenceConfig:
 
     def __attrs_post_init__(self) -> None:
         for name in ("max_out_tokens", "min_out_tokens"):
-            value: Any = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: given {value!r}, required a whole number >= 1")
+            tree.positive(name, getattr(self, name))
+        if self.min_out_tokens > self.max_out_tokens:
+            raise ValueError(f"min_out_tokens: given {self.min_out_tokens}, required at most max_out_tokens, which is {self.max_out_tokens}")  # fmt: skip
         for name in ("replace_with_kernel_inject", "enable_cuda_graph"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: given {getattr(self, name)!r}, required true or false")
-        if self.enable_cuda_graph and not torch.cuda.is_available():
-            raise ValueError("enable_cuda_graph: given True, and there is no CUDA here; leave it out")
         _known("tensor_parallel", self.tensor_parallel, {"enabled": True, "tp_size": 1, "plan": None})
+        tree.positive("tensor_parallel.tp_size", self.tensor_parallel.get("tp_size", 1))
         _known("quant", self.quant, {"enabled": True, "weight": {}})
         _known("quant.weight", self.quant.get("weight", {}), {"enabled": True, "num_bits": 8, "q_type": "symmetric"})
         _known("zero", self.zero, {"stage": 0, "offload_param": None})
         if (bits := self.bits) not in (None, 4, 8):
             raise ValueError(f"quant.weight.num_bits: given {bits!r}, allowed 4 or 8")
+        if self.dtype == torch.int8 and bits != 8:
+            raise ValueError(f"quant.weight.num_bits: given {bits!r} with dtype int8; leave one of them out")
         if (kind := self.quant.get("weight", {}).get("q_type", "symmetric")) != "symmetric":
             raise ValueError(f"quant.weight.q_type: given {kind!r}, allowed 'symmetric'")
         if self.zero and (self.zero.get("stage") != 3 or not self.zero.get("offload_param")):
@@ -86,13 +88,21 @@ class InferenceConfig:
                 f"zero: given {dict(self.zero)!r}, allowed stage 3 with offload_param; to split weights over ranks, use tensor_parallel"
             )
         if self.zero:
-            _known(
-                "zero.offload_param",
-                self.zero["offload_param"],
-                {"device": "cpu", "nvme_path": None, "pin_memory": False},
+            away = self.zero["offload_param"]
+            _known("zero.offload_param", away, {"device": "cpu", "nvme_path": None, "pin_memory": False})
+            if (where := away.get("device")) not in ("cpu", "nvme"):
+                raise ValueError(f"zero.offload_param.device: given {where!r}, allowed 'cpu' or 'nvme'")
+            if (where == "nvme") != bool(path := away.get("nvme_path")):
+                raise ValueError(f"zero.offload_param.nvme_path: given {path!r} with device {where!r}; required for 'nvme', a directory, and for no other")  # fmt: skip
+            if away.get("pin_memory", False):
+                raise ValueError("zero.offload_param.pin_memory: given True, which has no effect here; leave it out")
+        if self.enable_cuda_graph and (self.zero or self.tp_size > 1):
+            what = "zero" if self.zero else "tensor_parallel"
+            raise ValueError(
+                f"enable_cuda_graph: given True with {what}, whose weights or sums a recorded step does not wait for; leave out one of them"
             )
-        if self.zero and (where := self.zero["offload_param"].get("device")) not in ("cpu", "nvme"):
-            raise ValueError(f"zero.offload_param.device: given {where!r}, allowed 'cpu' or 'nvme'")
+        if self.enable_cuda_graph and not torch.cuda.is_available():
+            raise ValueError("enable_cuda_graph: given True, and there is no CUDA here; leave it out")
 
     @property
     def tp_size(self) -> int:

@@ -1,9 +1,12 @@
-"""The pure steps of a causal language model of transformers: `prefill` for prompts, `step` for the tokens behind them.
+"""The pure steps of a language model of transformers: `prefill` for prompts, `step` for the tokens behind them.
 
 Rows begin at position 0 and slot 0, whatever padding their prompts came with, and every mask is made here, from the positions. So the models'
 own masks, which count slots of the batch, are not asked. Two kinds of models cannot be told by a mask alone: ALiBi is computed by the model from a mask
 [rows, slots]; and GPT-Neo cuts the window of its local layers out of a triangle that ends at the last slot, so its slots are turned until
 the newest token is there.
+
+A model with an encoder encodes the prompts once; its decoder, which begins with a token of its own, attends to them across, and has a cache of its own
+besides. Such decoders count positions themselves, for all rows alike; their rows do begin and go on together.
 """
 
 import inspect
@@ -19,6 +22,14 @@ from fds.inference.cache import Cache, CacheConfig
 from fds.program import Program
 
 _ADDITIVE = torch.finfo(torch.float32).min
+_ENCODED = (
+    "t5",
+    "mt5",
+    "bart",
+    "mbart",
+    "pegasus",
+    "marian",
+)  # encoder-decoder models whose text was compared with transformers'
 
 
 @attrs.frozen
@@ -31,22 +42,34 @@ class Family:
     flat: bool  # ALiBi: masks are [rows, slots]
     turned: bool  # newest token in the last slot
     positions: bool  # the model takes position_ids
+    encoder: bool  # a decoder behind an encoder
 
     @property
-    def exact_for_many(self) -> bool:
-        """Whether several new tokens at once are computed as one after the other: a mask [rows, slots] says nothing of their order."""
-        return not self.flat
+    def together(self) -> str:
+        """Why all rows have to go on by one token at a time; "" if they need not."""
+        if self.flat:
+            return "ALiBi is computed from a mask [rows, slots], which says nothing of the order of several new tokens"
+        return "a decoder behind an encoder counts positions for all rows alike" if self.encoder else ""
 
 
 def family(module: Any) -> Family:
-    """How to ask a model. `ValueError` for one that is no causal language model with a key-value cache, or whose layers keep something else."""
+    """How to ask a model. `ValueError` for one that is no language model with a key-value cache, or whose layers keep something else."""
     config = getattr(module, "config", None)
     takes = inspect.signature(module.forward).parameters if config is not None else {}
-    if config is None or "past_key_values" not in takes or getattr(config, "is_encoder_decoder", False):
+    encoder = bool(getattr(config, "is_encoder_decoder", False))
+    if (
+        config is None
+        or "past_key_values" not in takes
+        or (getattr(module, "get_output_embeddings", lambda: None)() is None)
+    ):
         raise ValueError(
-            f"generate: {type(module).__name__} is not a causal language model of transformers with a key-value cache; use transformers' own generate on the exported model (fds.save)"
+            f"generate: {type(module).__name__} is not a language model of transformers with a key-value cache and an output layer; use transformers' own generate on the exported model (fds.save)"
         )
-    text = config.get_text_config()
+    if encoder and config.model_type not in _ENCODED:
+        raise ValueError(
+            f"generate: encoder-decoder models of family {config.model_type!r} were not tried, known are {', '.join(_ENCODED)}; use transformers' own generate on the exported model (fds.save)"
+        )
+    text = config.get_text_config(decoder=True) if encoder else config.get_text_config()
     implementation = text._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise ValueError(
@@ -61,12 +84,14 @@ def family(module: Any) -> Family:
         flat=flat,
         turned=text.model_type == "gpt_neo",
         positions="position_ids" in takes,
+        encoder=encoder,
     )
 
 
 def _windows(config: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The window of each layer, and the name of its mask."""
-    window, layers = getattr(config, "sliding_window", None) or 0, config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or 0
+    layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
     types = getattr(config, "layer_types", None)
     if types is None:
         types = ["sliding_attention" if window else "full_attention"] * layers
@@ -98,17 +123,26 @@ class Decoding:
             )
         return cls(program.eval(), found, config, ahead)
 
-    def prefill(self, stored: Any, tokens: Tensor, lengths: Tensor, slots: int, paged: tuple[Any, ...] = ()) -> tuple[Tensor, Cache]:  # fmt: skip
+    def prefill(self, stored: Any, tokens: Tensor, lengths: Tensor, slots: int, paged: tuple[Any, ...] = (), begin: Tensor | None = None) -> tuple[Tensor, Cache]:  # fmt: skip
         """Logits float32 [rows, vocabulary] behind prompts, and a cache of `slots` positions that has them.
 
         `tokens` int64 [rows, prompt], padded behind; `lengths` int64 [rows]. `paged`: table and number of pages of a paged cache (`cache.tables`).
+        `begin` int64 [rows, first]: for a model with an encoder, what its decoder begins with; the logits are behind that, and so are the slots.
         """
+        if (begin is not None) != self.family.encoder:
+            raise ValueError(
+                "prefill: begin= is what a decoder behind an encoder begins with, for such models and no others"
+            )
+        across, own = None, lengths
+        if begin is not None:
+            across, tokens = self._across(tokens, lengths, None), begin
+            own = torch.full_like(lengths, begin.shape[1])
         (rows, count), (table, pages) = tokens.shape, paged or (None, 0)
         at = torch.arange(count, device=tokens.device).expand(rows, count)
-        held = self._held(self.family.windows, slots, lengths, table, pages)
-        out = self._call(stored, tokens, at, held, lambda window, layer: caches.mask(count, at, window))
-        last = (lengths - 1)[:, None, None].expand(-1, 1, out.shape[-1])
-        return out.gather(1, last)[:, 0].float(), _tree(held, lengths, table)
+        held = self._held(self.family.windows, slots, own, table, pages)
+        out = self._call(stored, tokens, at, held, lambda window, layer: caches.mask(count, at, window), across)
+        last = (own - 1)[:, None, None].expand(-1, 1, out.shape[-1])
+        return out.gather(1, last)[:, 0].float(), _tree(held, own, table, across)
 
     def step(self, stored: Any, cache: Cache, tokens: Tensor) -> tuple[Tensor, Cache]:
         """Logits float32 [rows, new, vocabulary] behind each of the next tokens int64 [rows, new], and the cache with them."""
@@ -117,37 +151,83 @@ class Decoding:
         if tokens.shape[1] > 1 and self.family.flat:
             raise ValueError("decode: a model with ALiBi takes one token at a time")
         held = self._held(self.family.windows, 0, lengths, table, 0, cache["layers"], at)
-        out = self._call(stored, tokens, at, held, lambda window, layer: self._mask(layer, at, window))
-        return out.float(), _tree(held, lengths + tokens.shape[1], table)
+        kept = cache.get("across")
+        across = None if kept is None else self._across(kept["states"], kept["lengths"], kept["layers"])
+        out = self._call(stored, tokens, at, held, lambda window, layer: self._mask(layer, at, window), across)
+        new = _tree(held, lengths + tokens.shape[1], table, None)
+        return out.float(), new if kept is None else {**new, "across": kept}
 
     def _mask(self, layer: Any, at: Tensor, window: int) -> Tensor:
         seen = caches.mask(layer.slots, at, window)
         return seen if layer.turn is None else seen.gather(3, layer.turn[:, None, None].expand_as(seen))
 
-    def _call(self, stored: Any, tokens: Tensor, at: Tensor, held: Any, make: Any) -> Tensor:
+    def _call(self, stored: Any, tokens: Tensor, at: Tensor, held: Any, make: Any, across: "_Across | None") -> Tensor:
         f = self.family
         masks = {w: make(w, next(x for x, v in zip(held.layers, f.windows, strict=True) if v == w)) for w in dict.fromkeys(f.windows)}  # fmt: skip
         if f.flat:
             # ALiBi of a token is the number of ones before it. Of several new tokens, of a prompt, order is the model's to see.
             masks = {w: m[:, 0, -1].long() for w, m in masks.items()}
-        elif f.additive:
-            masks = {w: torch.zeros_like(m, dtype=torch.float32).masked_fill(~m, _ADDITIVE) for w, m in masks.items()}
+        else:
+            masks = {w: self._as_asked(m) for w, m in masks.items()}
         names = dict(zip(f.by_type or (), f.windows, strict=False))
         given: Any = {name: masks[w] for name, w in names.items()} if names else masks[f.windows[0]]
+        if across is None:
+            inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": given, "past_key_values": held}
+        else:
+            inputs = {"decoder_input_ids": tokens, "decoder_attention_mask": given, **across.inputs(held)}
         extra = {"position_ids": at} if f.positions else {}
         with torch.no_grad():
-            out = self.program(stored, input_ids=tokens, attention_mask=given, past_key_values=held, use_cache=True, **extra)  # fmt: skip
+            out = self.program(stored, **inputs, use_cache=True, **extra)
         return losses.logits_of(out)
+
+    def _as_asked(self, mask: Tensor) -> Tensor:
+        return (
+            torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, _ADDITIVE) if self.family.additive else mask
+        )
 
     def _held(self, windows: Any, slots: int, lengths: Tensor, table: Any, pages: int, layers: Any = None, at: Any = None) -> Any:  # fmt: skip
         from fds.inference.adapter import Held, HeldLayer
 
         made: list[Any] = [
-            HeldLayer(self.config, caches.room(self.config, slots, w, self.ahead), lengths, table, pages, at, layers and layers[i], self.family.turned)
+            HeldLayer(self.config, caches.room(self.config, slots, w, self.ahead), lengths, table, pages, at, layers and layers[i], self.family.turned, self.family.encoder)
             for i, w in enumerate(windows)
         ]  # fmt: skip
         return Held(layers=made)
 
+    def _across(self, source: Tensor, lengths: Tensor, layers: Any) -> "_Across":
+        """What a decoder attends to: prompts [rows, prompt] that are to be encoded, or without them the `layers` that were made of them."""
+        from fds.inference.adapter import AcrossLayer, Held
 
-def _tree(held: Any, lengths: Tensor, table: Tensor | None) -> Cache:
-    return {"lengths": lengths, "layers": [x.layer for x in held.layers], **({} if table is None else {"pages": table})}
+        made: list[Any] = [AcrossLayer(self.config, layers and layers[i], layers and source.dtype) for i in range(len(self.family.windows))]  # fmt: skip
+        seen = torch.arange(source.shape[1], device=source.device) < lengths[:, None]
+        return _Across(source, lengths, self._as_asked(seen[:, None, None]), Held(layers=made), layers is None)
+
+
+@attrs.frozen
+class _Across:
+    """The side of the encoder for the time of a call."""
+
+    source: Tensor
+    lengths: Tensor
+    mask: Tensor
+    held: Any
+    fresh: bool
+
+    def inputs(self, own: Any) -> dict[str, Any]:
+        """Arguments of a model: prompts to encode, or the encoder's states, of which models ask no more than that they are there."""
+        from fds.inference.adapter import EncoderDecoderCache
+
+        source = {"input_ids": self.source} if self.fresh else {"encoder_outputs": (self.source,)}
+        return {**source, "attention_mask": self.mask, "past_key_values": EncoderDecoderCache(own, self.held)}
+
+    def tree(self) -> dict[str, Any]:
+        keys = self.held.layers[0].keys
+        empty = keys.new_zeros(keys.shape[0], keys.shape[2], 0)
+        return {"lengths": self.lengths, "layers": [x.layer for x in self.held.layers], "states": empty}
+
+
+def _tree(held: Any, lengths: Tensor, table: Tensor | None, across: _Across | None) -> Cache:
+    return {
+        "lengths": lengths, "layers": [x.layer for x in held.layers],
+        **({} if table is None else {"pages": table}), **({} if across is None else {"across": across.tree()}),
+    }  # fmt: skip

@@ -1,7 +1,6 @@
 """`init_inference`: a model and settings in, an engine out that shows the chain it is made of."""
 
 import logging
-import time
 from typing import Any
 
 import torch
@@ -9,9 +8,11 @@ from torch import Tensor, nn
 
 from fds.checkpoint import load
 from fds.functional import functionalize
+from fds.inference.clock import now
 from fds.inference.config import InferenceConfig, default_inference_config
 from fds.inference.generate import generate
 from fds.inference.policies import INFERENCE_GENERIC_MODE, INFERENCE_SPECIALIZED_MODE, replace_transformer_layer, report
+from fds.inference.prompts import room
 from fds.precision import cast, freeze
 from fds.program import Program
 from fds.quantize import quantize_frozen
@@ -42,14 +43,11 @@ class InferenceEngine:
 
         Raises `ValueError` before any work for more than `max_out_tokens` in all, and for a prompt that leaves less than `min_out_tokens`.
         """
-        prompt = input_ids.shape[-1] if attention_mask is None else int((attention_mask != 0).sum(-1).max())
-        left = self.config.max_out_tokens - prompt
-        if left < (new := self.config.min_out_tokens if max_new_tokens is None else max_new_tokens):
-            raise ValueError(
-                f"generate: prompt {prompt} + {new} new tokens = {prompt + new}, max_out_tokens is {self.config.max_out_tokens}; shorten either, or raise it in init_inference"
-            )
+        least = self.config.min_out_tokens if max_new_tokens is None else max_new_tokens
+        left = room(input_ids, attention_mask, least, self.config.max_out_tokens, "init_inference")
+        options = {"max_new_tokens": left if max_new_tokens is None else max_new_tokens, "cuda_graph": self.config.enable_cuda_graph, **options}  # fmt: skip
         start = self._now()
-        out = generate(self.program, self.stored, input_ids, attention_mask, max_new_tokens=left if max_new_tokens is None else max_new_tokens, **options)  # fmt: skip
+        out = generate(self.program, self.stored, input_ids, attention_mask, **options)
         self._note(start)
         return out
 
@@ -65,9 +63,7 @@ class InferenceEngine:
         return found
 
     def _now(self) -> float:
-        if self._times is not None and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return 0.0 if self._times is None else now()
 
     def _note(self, start: float) -> None:
         if self._times is not None:

@@ -1,6 +1,7 @@
 """`generate`: prompts in, tokens out. One pure step for prefill, one for a token, both compiled, and no waiting for the device in between."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import attrs
@@ -8,15 +9,15 @@ import torch
 from torch import Tensor
 
 from fds import tree
-from fds.compiling import by_shape, traced
+from fds.compiling import ByShape, Recorded, traced
 from fds.inference import cache as caches
 from fds.inference.cache import CacheConfig
 from fds.inference.decoding import Decoding
+from fds.inference.prompts import Prompts, checked
 from fds.inference.speculative import Draft, Speculation, prepared
 from fds.inference.workspace import Workspace
 from fds.lowering import few_rows
 from fds.program import Program
-from fds.randomness import mix
 
 _ROOM = 64  # caches and compiled prompts grow in steps of this many tokens, so that nearby lengths share graphs
 _PAGES = 16  # and stores of pages in steps of as many pages
@@ -67,7 +68,7 @@ class Sampling:
 Carry = dict[str, Any]
 
 
-def _in_place(step: Callable[..., Carry]) -> Callable[..., Tensor]:
+def _in_place(step: Callable[..., Carry]) -> ByShape:
     """``step(*weights, carry, numbers)`` compiled; the carry that goes in is written over. The new tokens come out."""
     region = traced(few_rows(step))
 
@@ -77,7 +78,7 @@ def _in_place(step: Callable[..., Carry]) -> Callable[..., Tensor]:
             old.copy_(value)  # donated: Inductor writes the one new row in place
         return new["token"]
 
-    return by_shape(body)
+    return ByShape(body)
 
 
 class _Loop:
@@ -90,7 +91,7 @@ class _Loop:
         def filled(stored: Any, *args: Any) -> tuple[Tensor, Any]:
             return prompt(stored, *args)
 
-        self.compiled, self.prompt = _in_place(self.next), by_shape(filled)
+        self.compiled, self.prompt = _in_place(self.next), ByShape(filled)
 
     def next(self, stored: Any, carry: Carry, numbers: dict[str, Tensor]) -> Carry:
         """One token more of every row."""
@@ -127,7 +128,7 @@ class _Loop:
 class Generated(NamedTuple):
     """What `generate` gives with ``details=True``.
 
-    * `tokens`: int64 [rows n, prompt + new], prompts as they were given, padding behind what ended
+    * `tokens`: int64 [rows n, prompt + new], prompts as they were given, padding behind what ended; behind an encoder what the decoder began with and `new`
     * `logprobs`: float32 [rows n, new], of each new token under the model as it is: before penalties, temperature and limits
     * `lengths`: int64 [rows n], new tokens of each row, the one that ended it included
     """
@@ -142,8 +143,11 @@ def generate(
     top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None, tokenizer: Any = None, n: int = 1, seed: int = 0, cache: CacheConfig | str = "static", compile: bool = True,
     on_token: Callable[[Tensor], Any] | None = None, details: bool = False, workspace: Workspace | None = None, draft: Draft | None = None,
+    decoder_input_ids: Tensor | None = None, cuda_graph: bool = False,
 ) -> Any:  # fmt: skip
     """Continue prompts: int64 [rows, prompt] -> [rows n, prompt + new], new <= `max_new_tokens`; or a `Generated`.
+
+    Of a model with an encoder (T5, BART): encode prompts, and let the decoder write: [rows n, first + new].
 
     Greedy by default, and then equal to transformers' ``generate(do_sample=False)``. Dropout is off. Over several ranks every rank has to call
     it with as many rows and the same lengths; each may have its own prompts.
@@ -163,36 +167,40 @@ def generate(
             kept with the program for later calls of nearby lengths.
         draft: speculative decoding (`Draft`): a smaller model, or the text itself, proposes tokens that are looked at together. The distribution is the
             same, greedy tokens are the same; with a seed, other draws. Not with `stop_strings`, `on_token` or a repetition penalty.
+        decoder_input_ids: int64 [rows, first], what the decoder of a model with an encoder begins with. Default: the configuration's `decoder_start_token_id`.
+        cuda_graph: record the compiled step once in a call, and play it for the tokens behind. Never run on a GPU so far.
         workspace: buffers that stay from call to call.
         on_token: called with the new tokens int64 [rows n] after each step; those of rows that have ended are padding.
 
     Raises:
         ValueError: a model without a cache, an empty prompt, tokens outside of the vocabulary, padding in the middle, a length beyond the
-            model's positions, or an argument out of its range.
+            model's positions, an argument out of its range, `cuda_graph` without CUDA or without `compile`.
     """
     sampling = Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0, repetition_penalty)
     ahead = 1 if draft is None else draft.tokens + 1
     decoding = _decoding(program, CacheConfig.of(cache), ahead)
     _check_draft(draft, decoding, sampling, stop_strings, on_token)
-    config: Any = getattr(program.origin.core, "config", None)
     if n > 1 and any(t.name == "adapters" for t in program.history):
         raise ValueError(
             "generate: n > 1 with adapters(...), which are chosen row by row; repeat the prompts, and choose for each"
         )
-    prompts, lengths = _checked(input_ids, attention_mask, config, max_new_tokens, n)
+    for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
+        tree.positive(f"generate: {name}", value)
+    if cuda_graph:
+        _check_recordable(program, input_ids, compile)
+    prompts = checked(program.origin.core, decoding.family.encoder, input_ids, attention_mask, decoder_input_ids, max_new_tokens)  # fmt: skip
     ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     stops = _stops(stop_strings, tokenizer)
-    longest = int(lengths.max())
-    slots = _rounded(longest + max_new_tokens + ahead - 1)
-    tokens = prompts[:, :longest]
-    if compile:
-        tokens = torch.nn.functional.pad(tokens, (0, min(_rounded(longest), slots) - longest))
+    lengths = prompts.text[1]
+    slots = _rounded(int(lengths.max()) + max_new_tokens + ahead - 1)
+    tokens = _cut(prompts, None if prompts.begin is not None else slots, compile)
     paged = caches.tables(decoding.config, (lengths + max_new_tokens + ahead - 1).tolist(), slots)
     paged = (paged[0].to(tokens.device), -(-paged[1] // _PAGES) * _PAGES) if paged else ()
 
     loop = _loop(program, decoding, sampling)
-    logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, lengths, slots, paged)
-    carry = _carry(logits, held, prompts, lengths, max_new_tokens + ahead - 1, n, sampling)
+    begin = () if prompts.begin is None else (prompts.begin,)  # None is nothing that Dynamo would hand on
+    logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, prompts.lengths, slots, paged, *begin)
+    carry = _carry(logits, held, prompts, max_new_tokens + ahead - 1, n, sampling)
     numbers = sampling.numbers(tokens.device) | {
         "seed": torch.tensor(seed, device=tokens.device),
         "pad": torch.tensor(pad_token_id if pad_token_id is not None else (ends or [0])[0], device=tokens.device),
@@ -205,22 +213,61 @@ def generate(
     if rounds is not None:
         carry = prepared(rounds.speculation, theirs, carry, tokens, lengths, slots, n, logits.shape[1])
     carry = (workspace or Workspace()).take(carry)  # to be written over
+    going = lambda c: _any_rank(c["running"] & (c["length"] < max_new_tokens), program)  # noqa: E731
     if rounds is not None:
-        carry = _by_rounds(rounds, stored, theirs, carry, numbers, max_new_tokens, compile, program)
-        return _result(input_ids, carry, max_new_tokens, n, numbers["pad"], details)
-    for i in range(1, max_new_tokens + 1):
-        if on_token is not None:
-            on_token(carry["token"].clone())
-        if stops is not None:
-            carry["running"] &= ~stops(carry["tokens"][:, :i], None)
-        done = i == max_new_tokens or ((ends or stops) and i % every == 0 and not _any_rank(carry["running"], program))
-        if done:
-            break
-        if compile:
-            loop.compiled(stored, carry, numbers)
-        else:
-            carry = loop.next(stored, carry, numbers)  # pure
-    return _result(input_ids, carry, max_new_tokens, n, numbers["pad"], details)
+        step = _stepped(rounds.compiled, rounds.speculation.round, (stored, theirs), numbers, compile, cuda_graph)
+        while going(carry):
+            carry = step(carry)
+    else:
+        step = _stepped(loop.compiled, loop.next, (stored,), numbers, compile, cuda_graph)
+        for i in range(1, max_new_tokens + 1):
+            if on_token is not None:
+                on_token(carry["token"].clone())
+            if stops is not None:
+                carry["running"] &= ~stops(carry["tokens"][:, :i], None)
+            if i == max_new_tokens or ((ends or stops) and i % every == 0 and not going(carry)):
+                break
+            carry = step(carry)
+    return _result(input_ids if prompts.begin is None else prompts.begin, carry, max_new_tokens, n, numbers["pad"], details)  # fmt: skip
+
+
+def _cut(prompts: Prompts, slots: int | None, compile: bool) -> Tensor:
+    """Prompts as wide as the longest; to be compiled as wide as many of about that length, if that fits `slots` and the model's positions."""
+    tokens = prompts.tokens[:, : int(prompts.lengths.max())]
+    if not compile:
+        return tokens
+    width = min(x for x in (_rounded(tokens.shape[1]), slots, prompts.limit) if x is not None)
+    return torch.nn.functional.pad(tokens, (0, max(width - tokens.shape[1], 0)))
+
+
+def _stepped(compiled: ByShape, pure: Callable[..., Carry], weights: tuple[Any, ...], numbers: dict[str, Tensor], compile: bool, record: bool) -> Callable[[Carry], Carry]:  # fmt: skip
+    """From carry to carry: `pure`, or the compiled step, which writes over what it is given. All steps of a call have one graph."""
+    if not compile:
+        return lambda carry: pure(*weights, carry, numbers)
+    run: list[Callable[[], Any]] = []
+
+    def step(carry: Carry) -> Carry:
+        if not run:
+            once = partial(compiled.of(*weights[1:], carry, numbers), *weights, carry, numbers)
+            run.append(Recorded(once) if record else once)
+        run[0]()
+        return carry
+
+    return step
+
+
+def _check_recordable(program: Program, ids: Tensor, compile: bool) -> None:
+    if ids.device.type != "cuda":
+        raise ValueError(
+            f"generate: cuda_graph=True for input_ids on {ids.device}; leave it out, or move weights and prompts to CUDA"
+        )
+    if not compile:
+        raise ValueError("generate: cuda_graph=True with compile=False, whose steps make new tensors; give one of them")
+    axes = [*program.data_axes, *(a for t in program.history for a in t.shared)]
+    if any(a.size > 1 for a in axes) or any(p.handles for p in program.sites.values()):
+        raise ValueError(
+            "generate: cuda_graph=True with weights that come from other ranks or a store, which a recorded step does not wait for; leave it out, or relayout into whole weights"
+        )
 
 
 def _result(prompts: Tensor, carry: Carry, most: int, n: int, pad: Tensor, details: bool) -> Any:
@@ -238,8 +285,10 @@ def _check_draft(draft: Draft | None, decoding: Decoding, sampling: Sampling, st
         raise ValueError(
             "generate: draft= with stop_strings, on_token or repetition_penalty, which go token by token; leave out one or the other"
         )
-    if not decoding.family.exact_for_many:
-        raise ValueError("generate: draft= with ALiBi, whose models take one new token at a time; leave it out")
+    if decoding.family.together:
+        raise ValueError(
+            f"generate: draft= lets rows go on by several tokens, and {decoding.family.together}; leave it out"
+        )
 
 
 class _Rounds:
@@ -247,15 +296,6 @@ class _Rounds:
 
     def __init__(self, speculation: Speculation) -> None:
         self.speculation, self.compiled = speculation, _in_place(speculation.round)
-
-
-def _by_rounds(rounds: _Rounds, stored: Any, theirs: Any, carry: Carry, numbers: dict[str, Tensor], most: int, compile: bool, program: Program) -> Carry:  # fmt: skip
-    while _any_rank(carry["running"] & (carry["length"] < most), program):
-        if compile:
-            rounds.compiled(stored, theirs, carry, numbers)
-        else:
-            carry = rounds.speculation.round(stored, theirs, carry, numbers)
-    return carry
 
 
 def _rounds(program: Program, decoding: Decoding, draft: Draft, sampling: Sampling) -> _Rounds:
@@ -282,8 +322,9 @@ def _loop(program: Program, decoding: Decoding, sampling: Sampling) -> _Loop:
     return program.memo.get(key) or program.memo.setdefault(key, _Loop(decoding, sampling.greedy, sampling.penalised))
 
 
-def _carry(logits: Tensor, cache: Any, prompts: Tensor, lengths: Tensor, new: int, n: int, sampling: Sampling) -> Carry:
+def _carry(logits: Tensor, cache: Any, prompts: Prompts, new: int, n: int, sampling: Sampling) -> Carry:
     """What goes from token to token."""
+    text, lengths = prompts.text
     rows, device, room = len(lengths) * n, logits.device, _rounded(new)
     out: Carry = {
         "cache": caches.repeated(cache, n) if n > 1 else cache,
@@ -293,21 +334,13 @@ def _carry(logits: Tensor, cache: Any, prompts: Tensor, lengths: Tensor, new: in
         "running": torch.ones(rows, dtype=torch.bool, device=device),
         "length": torch.zeros(rows, dtype=torch.int64, device=device),
         "count": torch.zeros((), dtype=torch.int64, device=device),
-        "stream": _streams(prompts, lengths, n),
+        "stream": prompts.streams(n),
     }
     if sampling.penalised:
-        real = torch.arange(prompts.shape[1], device=device) < lengths[:, None]
+        real = torch.arange(text.shape[1], device=device) < lengths[:, None]
         seen = torch.zeros(len(lengths), logits.shape[1], dtype=torch.int64, device=device)
-        out["seen"] = seen.scatter_add(1, prompts, real.long()).bool().repeat_interleave(n, 0)
+        out["seen"] = seen.scatter_add(1, text, real.long()).bool().repeat_interleave(n, 0)
     return out
-
-
-def _streams(prompts: Tensor, lengths: Tensor, n: int) -> Tensor:
-    """A number for each row to draw by: of its prompt, and of its place among the samples of that. int64 [rows n]"""
-    place = torch.arange(prompts.shape[1], device=prompts.device)
-    hashed = mix(prompts, mix(place, 0x51ED27)).masked_fill(place >= lengths[:, None], 0).sum(1)
-    sample = torch.arange(n, device=prompts.device)
-    return mix(hashed[:, None], mix(sample, 0x2545F491)).reshape(-1)
 
 
 def _stops(strings: str | Sequence[str] | None, tokenizer: Any) -> Any:
@@ -326,38 +359,3 @@ def _any_rank(running: Tensor, program: Program) -> bool:
     for a in program.data_axes:
         count = a.sum(count)
     return bool(count > 0)
-
-
-def _checked(ids: Tensor, given: Tensor | None, config: Any, new: int, n: int) -> tuple[Tensor, Tensor]:
-    """Prompts padded behind, and their lengths, after all arguments were found to be in range."""
-    if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
-        raise ValueError(
-            f"generate: input_ids {tuple(ids.shape)} {ids.dtype}, required int64 [rows, prompt] with at least one token"
-        )
-    for name, value in (("max_new_tokens", new), ("n", n)):
-        if value < 1:
-            raise ValueError(f"generate: {name}={value!r}, required >= 1")
-    text = config.get_text_config()
-    low, high, limit = int(ids.min()), int(ids.max()), getattr(text, "max_position_embeddings", None)
-    if low < 0 or high >= text.vocab_size:
-        raise ValueError(
-            f"generate: input_ids reach from {low} to {high}, required tokens in [0, {text.vocab_size}); is it this model's tokeniser?"
-        )
-    if given is None:
-        given = torch.ones_like(ids)
-    if given.shape != ids.shape:
-        raise ValueError(f"generate: attention_mask {tuple(given.shape)}, required {tuple(ids.shape)} like input_ids")
-    real = given != 0
-    lengths, start = real.sum(1), real.long().argmax(1)
-    place = torch.arange(ids.shape[1], device=ids.device)
-    if not bool(lengths.all()) or bool((real.gather(1, (start[:, None] + place) % ids.shape[1]) != (place < lengths[:, None])).any()):  # fmt: skip
-        raise ValueError(
-            "generate: attention_mask has an empty row, or padding in the middle of one; pad on the left or on the right"
-        )
-    longest = int(lengths.max())
-    if limit is not None and longest + new > limit:
-        raise ValueError(
-            f"generate: prompt {longest} + max_new_tokens {new} = {longest + new} positions, the model has {limit}; shorten either"
-        )
-    shifted = ids.gather(1, (start[:, None] + place) % ids.shape[1])
-    return shifted.masked_fill(place >= lengths[:, None], 0), lengths

@@ -5,23 +5,23 @@ from them site by site and is dropped when they change; what it needs as it is, 
 nothing to undo, so no number of switches changes a bit.
 """
 
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
 from fds import tree
+from fds.inference.clock import now
 from fds.inference.generate import generate
+from fds.inference.prompts import room
 from fds.inference.workspace import Workspace
 from fds.lora import fuse_lora
 from fds.precision import cast
 from fds.program import Program, check_stored
-from fds.transform import Transform, bridge
+from fds.transform import Transform, bridge, check_same_module
 
 _LEFT_OUT = ("shard", "replicate", "quantized", "checkpoint", "offload", "compile", "at")
 
@@ -61,7 +61,7 @@ class Hybrid:
         self._pin, self._together = pin, together
         self._from: list[tuple[weakref.ref[Tensor], int]] = []
         self._weights: Any = None
-        self._times, self._samples, self._since = dict.fromkeys(("gather", "generate", "train"), 0.0), 0, _now()
+        self._times, self._samples, self._since = dict.fromkeys(("gather", "generate", "train"), 0.0), 0, now()
 
     def weights(self, stored: Any) -> Any:
         """The training weights in their serving form: made once for these weights; leaves of sites that are the same in both are the same tensors."""
@@ -76,11 +76,7 @@ class Hybrid:
 
     def generate(self, stored: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, **options: Any) -> Any:  # fmt: skip
         """`fds.generate` with the weights of a training state. `ValueError` for more than `max_out_tokens` in all, before any work."""
-        prompt = input_ids.shape[-1] if attention_mask is None else int((attention_mask != 0).sum(-1).max())
-        if prompt + max_new_tokens > self.max_out_tokens:
-            raise ValueError(
-                f"generate: prompt {prompt} + max_new_tokens {max_new_tokens} = {prompt + max_new_tokens}, max_out_tokens is {self.max_out_tokens}; shorten either, or raise it in hybrid()"
-            )
+        room(input_ids, attention_mask, max_new_tokens, self.max_out_tokens, "hybrid()")
         weights = self.weights(stored)
         with self.measured("generate"):
             out = generate(self.serve, weights, input_ids, attention_mask, max_new_tokens=max_new_tokens, workspace=self.workspace, **options)  # fmt: skip
@@ -100,16 +96,16 @@ class Hybrid:
         """Count the time of a block as "gather", "generate" or "train": ``with engine.measured("train"): state, _ = step(state, batch)``."""
         if what not in self._times:
             raise ValueError(f"measured: {what!r} is unknown; {tree.suggest(what, self._times)}")
-        start = _now()
+        start = now()
         try:
             yield
         finally:
-            self._times[what] += _now() - start
+            self._times[what] += now() - start
 
     def statistics(self) -> Statistics:
         """Since the last question."""
-        found = Statistics(_now() - self._since, **self._times, samples=self._samples)
-        self._times, self._samples, self._since = dict.fromkeys(self._times, 0.0), 0, _now()
+        found = Statistics(now() - self._since, **self._times, samples=self._samples)
+        self._times, self._samples, self._since = dict.fromkeys(self._times, 0.0), 0, now()
         return found
 
     def _made_from(self, leaves: Sequence[Tensor]) -> bool:
@@ -154,16 +150,14 @@ def hybrid(
     Raises `ValueError` for a setting out of range, and for a `serve` of another model.
     """
     for name, value in (("max_out_tokens", max_out_tokens), ("inference_tp_size", inference_tp_size), ("tp_gather_partition_size", tp_gather_partition_size)):  # fmt: skip
-        if type(value) is not int or value < 1:
-            raise ValueError(f"hybrid: {name}={value!r}, required a whole number >= 1")
+        tree.positive(f"hybrid: {name}", value)
     if serve is None:
         serve = _serving(train, fuse, inference_tp_size)
     elif inference_tp_size != 1 or not fuse:
         raise ValueError(
             "hybrid: inference_tp_size and fuse say how to make a serving program, and serve= is one; give one of them"
         )
-    if serve.sites.keys() != train.sites.keys() or any(list(serve.sites[s].origin.spec) != list(train.sites[s].origin.spec) for s in serve.sites):  # fmt: skip
-        raise ValueError("hybrid: serve is of another model than train; make both from one functionalize")
+    check_same_module(train, serve, what="hybrid")
     return Hybrid(train, serve, max_out_tokens, release_inference_cache, pin_parameters, tp_gather_partition_size)
 
 
@@ -184,12 +178,6 @@ def _serving(train: Program, fuse: bool, ranks: int) -> Program:
         kept = [t for t in kept if t.name != "tensor_parallel"] + [tensor_parallel(mesh(dp=-1, tp=ranks)["tp"])]
     program = train.eval().replay(*kept)
     return fuse_lora()(program) if fuse and any(t.name == "lora" for t in kept) else program
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 __all__ = ["Hybrid", "Statistics", "hybrid"]

@@ -53,7 +53,8 @@ _POLICIES: dict[str, Policy] = {
     **_policy(
         "clip clip_text_model clip_vision_model", "*layer_norm? layer_norm", "*layrnorm layer_norm", decoder=False
     ),
-    **_policy("t5", "*layer_norm rms_norm", decoder=False),
+    **_policy("t5 mt5", "*layer_norm rms_norm"),
+    **_policy("bart mbart pegasus marian", "*layer*norm* layer_norm"),
 }
 
 

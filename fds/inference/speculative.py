@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fds import tree
 from fds.inference import cache as caches
 from fds.inference.decoding import Decoding
 from fds.program import Program
@@ -35,8 +36,7 @@ class Draft:
 
     def __attrs_post_init__(self) -> None:
         for name in ("tokens", "ngram"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"draft: {name}={getattr(self, name)!r}, required a whole number >= 1")
+            tree.positive(f"draft: {name}", getattr(self, name))
         if (self.program is None) != (self.stored is None):
             raise ValueError(
                 "draft: a program needs its weights, and the other way round; give both, or none for drafts from the text"

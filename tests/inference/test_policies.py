@@ -25,6 +25,7 @@ ENCODERS = {
     "distilbert": lambda: (tf.DistilBertModel(tf.DistilBertConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64)), {}),
     "clip": clip,
 }  # fmt: skip
+SEQ2SEQ = ["t5", "mt5", "bart", "mbart", "pegasus", "marian"]
 DECODERS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "gptj", "gpt-neo", "gpt-neox", "opt", "bloom", "falcon", "mixtral", "qwen3-moe"]  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def first(out):
     return next(x for x in out.values() if isinstance(x, torch.Tensor))
 
 
-@pytest.mark.parametrize("family", [*DECODERS, "bert", "t5", *ENCODERS])
+@pytest.mark.parametrize("family", [*DECODERS, *SEQ2SEQ, "bert", *ENCODERS])
 def test_rules_of_a_family(family):
     built, rows = model(family)
     program, params = fds.functionalize(built)
@@ -88,13 +89,13 @@ def test_text_is_the_same(family):
 def families():
     """The table of docs/inference.md: what is matched in a tiny model of two layers of each family."""
     lines = ["| family | generic | specialized: modules of two layers | not matched |", "|---|---|---|---|"]
-    for family in [*DECODERS, "bert", "t5", *ENCODERS]:
+    for family in [*DECODERS, *SEQ2SEQ, "bert", *ENCODERS]:
         program, _ = fds.functionalize(model(family)[0])
         found = report(program)
         matched = ", ".join(f"{len(f.replaced)} `{f.rule.pattern}` by {f.rule.operator}" for f in found.found)
         left = ", ".join(f"{k}: {v}" for f in found.found for k, v in f.left.items()) or "none"
-        text = "text, in every cache" if family in DECODERS else "forward"
-        text = {"bloom": f"{text}; no drafts", "gpt-neo": "text; no sliding cache"}.get(family, text)
+        text = "text, in every cache" if family in [*DECODERS, *SEQ2SEQ] else "forward"
+        text = {"gpt-neo": "text; no sliding cache"}.get(family, f"{text}; no drafts" if family in ["bloom", *SEQ2SEQ] else text)  # fmt: skip
         lines.append(f"| {found.family} | {text} | {matched} | {left} |")
     return "\n".join(lines)
 

@@ -1,0 +1,46 @@
+"""Compiled functions that are called again and again: a graph for each set of shapes, and recorded steps."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fds.compiling import ByShape, Recorded
+
+
+def test_more_shapes_than_dynamo_allows():
+    """Each has a graph of its own; without, the second one is an error."""
+
+    def scaled(weight, x):
+        return weight * x.sum()
+
+    rows = [torch.arange(n + 1.0) for n in range(3)]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        by_shape = ByShape(scaled)
+        assert [by_shape(torch.tensor(2.0), x).item() for x in rows] == [0.0, 2.0, 6.0]
+        assert by_shape.of(rows[1]) is by_shape.of(-rows[1]) is not by_shape.of(rows[2])
+        plain = torch.compile(scaled, fullgraph=True, dynamic=False, backend="eager")
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            _ = [plain(torch.tensor(2.0), x) for x in rows]
+
+
+def test_a_step_runs_once_is_recorded_once_and_is_played_from_then_on(monkeypatch):
+    """By a stand-in for CUDA's graphs, which knows no more than that recording runs nothing."""
+    done, recording = [], []
+
+    class Graph:
+        def replay(self):
+            done.append("played")
+
+    @contextmanager
+    def record(graph):
+        recording.append(graph)
+        yield
+        recording.append(None)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    step = Recorded(lambda: done.append("recorded" if recording[-1:] and recording[-1] else "run"))
+    for _ in range(4):
+        step()
+    assert done == ["run", "recorded", "played", "played", "played"]
