@@ -109,6 +109,11 @@ class TrainStep:
                 break
         return tuple(found)
 
+    @property
+    def deferred(self) -> tuple[Axis, ...]:
+        """The axes of `reductions`: calls of the program leave the work over them to the step (`Frame.deferred`)."""
+        return tuple(a for t in self.reductions for a in t.axes)
+
     def check(self, state: Any, batch: Mapping[str, Any]) -> list[Tensor]:
         """The leaves of `state`. `ValueError` for a state of another program, a donated state, or a batch that does not divide."""
         if not isinstance(state, TrainState):
@@ -193,8 +198,25 @@ def train_step(
 
 
 def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tuple[TrainState, dict[str, Any]]:
-    program, tx = step.program, step.tx
     value, local, updates, aux = _accumulate(step, state, batch)
+    return apply_gradients(step, state, value, local, updates, aux, donated=donated)
+
+
+def apply_gradients(
+    step: TrainStep,
+    state: TrainState,
+    value: Tensor,
+    local: Stored,
+    updates: Stored,
+    aux: Mapping[str, Tensor],
+    *,
+    donated: bool,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The second half of a step, of what all microbatches gave: the loss, this rank's gradients (taken apart), new buffers and further metrics.
+
+    Who has made the gradients by another way than ``step.loss`` goes on here; they are of calls under ``scoped(deferred=step.deferred)``.
+    """
+    program, tx = step.program, step.tx
     grads = _reduced(step, local)
     old = program.trainable(state.params)
     squares = _squares(step, grads, old)
@@ -230,7 +252,7 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
     m, axes = step.microbatches, step.data_axes
     parts = [{k: x.chunk(m)[i] for k, x in batch.items()} for i in range(m)]
     shares = _shares(step, parts)
-    seed, block = fold(state.rng, state.step), _block(axes)
+    seed, block = fold(state.rng, state.step), block_of(axes)
     value, grads, updates, aux = torch.zeros(()), None, dict[str, Params](), dict[str, Tensor]()
     held, carried = _held(step, state.params), dict[str, Params]()
     for i, part in enumerate(parts):
@@ -245,15 +267,15 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
         value, updates = value + v.float(), new or updates
         aux = {k: aux.get(k, 0.0) + x * shares[i] for k, x in extra.items()}
     assert grads is not None
-    updates = _mean(updates, axes)
+    updates = mean_over(updates, axes)
     kept = {s: {**updates.get(s, {}), **carried.get(s, {})} for s in {**updates, **carried}}
-    return _mean(value, axes), grads, kept, _mean(aux, axes)
+    return mean_over(value, axes), grads, kept, mean_over(aux, axes)
 
 
 def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:
     def f(stored: Stored, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Stored]]:
         out: Tensor | tuple[Tensor, dict[str, Tensor]]
-        with scoped(deferred=tuple(a for t in step.reductions for a in t.axes)):
+        with scoped(deferred=step.deferred):
             out, updates = with_updates(step.loss)(step.program, stored, batch)
         value, extra = out if isinstance(out, tuple) else (out, {})
         return value * share, (extra, updates)
@@ -300,14 +322,15 @@ def _shares(step: TrainStep, parts: Sequence[Batch]) -> list[Tensor | float]:
     return list((weights * ranks / total.clamp(min=1)).unbind())
 
 
-def _block(axes: tuple[Axis, ...]) -> int:
+def block_of(axes: tuple[Axis, ...]) -> int:
+    """This rank's place among those that see different rows."""
     block = 0
     for a in axes:
         block = block * a.size + a.rank
     return block
 
 
-def _mean(x: Any, axes: tuple[Axis, ...]) -> Any:
+def mean_over(x: Any, axes: tuple[Axis, ...]) -> Any:
     """Mean of the floating leaves over the data axes (buffers as integer counts are the same everywhere)."""
     for a in axes:
         x = tree.map(lambda t, a=a: a.sum(t) / a.size if t.is_floating_point() else t, x)
