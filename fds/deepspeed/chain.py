@@ -44,6 +44,10 @@ class _Plan:
     frozen: tuple[str, ...]
     stores: dict[str, Line] = attrs.field(factory=dict[str, Line])
 
+    def given(self, key: str) -> bool:
+        """Whether a key was in the configuration, by its path."""
+        return key in self.config.given
+
     @property
     def zero(self) -> Any:
         return self.config.zero_optimization
@@ -114,7 +118,7 @@ class _Plan:
             if self.stage != 3:
                 raise _error("zero_optimization.offload_param.device", param.device, f"stage {self.stage} keeps parameters; use stage 3")  # fmt: skip
             own = {"groups": Name("groups")} if len(groups) > 1 else {}
-            own |= {"window": int(param.buffer_count)} if given(param, "buffer_count") else {}
+            own |= {"window": int(param.buffer_count)} if self.given("zero_optimization.offload_param.buffer_count") else {}
             found.append(Call("fds.offload", self.store(param, "zero_optimization.offload_param"), **own))
         return found + self.recompute()
 
@@ -130,7 +134,7 @@ class _Plan:
             wide = self.wire() != self.low or not self.low
             return [*cast, *move] if wide else [*move, *cast]  # the first: once a step, in float32
         options: dict[str, Any] = {**reduce, **groups}
-        if given(self.zero, "stage3_param_persistence_threshold"):
+        if self.given("zero_optimization.stage3_param_persistence_threshold"):
             options["threshold"] = int(self.zero.stage3_param_persistence_threshold)
         frozen = [Call("fds.quantize_frozen", "int8")] if self.zero.zero_quantized_nontrainable_weights else []
         shards = self.shards(options)
@@ -172,7 +176,7 @@ class _Plan:
         section = self.config.activation_checkpointing
         if section.cpu_checkpointing:
             return [Call("fds.checkpoint", store=self.keep("activations", Call("fds.HostStore")))]
-        if checkpoints_itself(self.model) or given(self.config, "activation_checkpointing"):
+        if checkpoints_itself(self.model) or self.given("activation_checkpointing"):
             return [Call("fds.checkpoint")]
         if self.stage == 3:
             elements = sum(p.numel() for p in self.model.parameters())
@@ -212,11 +216,11 @@ class _Plan:
         if not section.nvme_path:
             raise _error(f"{key}.nvme_path", section.nvme_path, "device is nvme, which needs a directory")
         options: dict[str, Any] = {}
-        if given(self.config, "aio"):
+        if self.given("aio"):
             aio = self.config.aio
             names = ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events")
             options["settings"] = Call("fds.offload.aio.Settings.of", {k: getattr(aio, k) for k in names})
-        if key.endswith("offload_param") and given(section, "max_in_cpu"):
+        if key.endswith("offload_param") and self.given(f"{key}.max_in_cpu"):
             options["budget"] = int(section.max_in_cpu) * (2 if self.low and self.masters else 4)
         known = "parameters" if options.get("budget") else "files"
         return self.keep(known, Call("fds.FileStore", section.nvme_path, **options))
@@ -245,11 +249,6 @@ class _Plan:
                 consecutive_hysteresis=fp16.consecutive_hysteresis, minimum=float(fp16.min_loss_scale),
             )  # fmt: skip
         return options
-
-
-def given(section: Any, key: str) -> bool:
-    """Whether a key was in the configuration, as far as the configuration says."""
-    return key in getattr(section, "given", ())
 
 
 def _error(key: str, value: Any, why: str) -> DeepSpeedConfigError:
