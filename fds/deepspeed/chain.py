@@ -40,11 +40,11 @@ def recipe(
 class _Plan:
     config: Any
     model: nn.Module
-    given: Sequence[Group] | None
+    own: Sequence[Group] | None
     frozen: tuple[str, ...]
     stores: dict[str, Line] = attrs.field(factory=dict[str, Line])
 
-    def given(self, key: str) -> bool:
+    def written(self, key: str) -> bool:
         """Whether a key was in the configuration, by its path."""
         return key in self.config.given
 
@@ -62,14 +62,14 @@ class _Plan:
         return "float16" if self.config.fp16.enabled else "bfloat16" if self.config.bf16.enabled else None
 
     def recipe(self) -> Recipe:
-        groups = list(groups_of(self.config, self.model) if self.given is None else self.given)
+        groups = list(groups_of(self.config, self.model) if self.own is None else self.own)
         chain, tx = self.chain(groups), self.optimizer(groups)
         lines = [Line(("mesh",), Call("fds.sharding.mesh", **self.mesh()))]
         lines += self.stores.values()
         if len(groups) > 1:
             lines.append(Line(("groups",), {g.name: g.patterns for g in groups}, "parameters by the optimizer's groups, the first that names a leaf has it"))  # fmt: skip
         if checkpoints_itself(self.model):
-            lines.append(Line(("model",), Call("fds.deepspeed.modules.without_checkpointing", Name("model")), "fds.checkpoint() recomputes in its place"))  # fmt: skip
+            lines.append(Line(("model",), Call("modules.without_checkpointing", Name("model")), "fds.checkpoint() recomputes in its place"))  # fmt: skip
         lines.append(Line(("program", "params"), Call("fds.functionalize", Name("model"))))
         lines.append(Line(("transform",), Call("fds.chain", *chain), "first = innermost"))
         lines.append(Line(("program",), Call("transform", Name("program"))))
@@ -112,13 +112,13 @@ class _Plan:
             found.append(Call("fds.tensor_parallel", Name("mesh", ("tp",))))
         found += self.layout({"groups": Name("groups")} if len(groups) > 1 else {})
         if self.config.torch_autocast.enabled:
-            found.append(Call("fds.deepspeed.modules.autocast", self.config.torch_autocast.dtype or "bfloat16"))
+            found.append(Call("modules.autocast", self.config.torch_autocast.dtype or "bfloat16"))
         param = self.zero.offload_param
         if param.device != "none":
             if self.stage != 3:
                 raise _error("zero_optimization.offload_param.device", param.device, f"stage {self.stage} keeps parameters; use stage 3")  # fmt: skip
             own = {"groups": Name("groups")} if len(groups) > 1 else {}
-            own |= {"window": int(param.buffer_count)} if self.given("zero_optimization.offload_param.buffer_count") else {}
+            own |= {"window": int(param.buffer_count)} if self.written("zero_optimization.offload_param.buffer_count") else {}
             found.append(Call("fds.offload", self.store(param, "zero_optimization.offload_param"), **own))
         return found + self.recompute()
 
@@ -134,7 +134,7 @@ class _Plan:
             wide = self.wire() != self.low or not self.low
             return [*cast, *move] if wide else [*move, *cast]  # the first: once a step, in float32
         options: dict[str, Any] = {**reduce, **groups}
-        if self.given("zero_optimization.stage3_param_persistence_threshold"):
+        if self.written("zero_optimization.stage3_param_persistence_threshold"):
             options["threshold"] = int(self.zero.stage3_param_persistence_threshold)
         frozen = [Call("fds.quantize_frozen", "int8")] if self.zero.zero_quantized_nontrainable_weights else []
         shards = self.shards(options)
@@ -176,7 +176,7 @@ class _Plan:
         section = self.config.activation_checkpointing
         if section.cpu_checkpointing:
             return [Call("fds.checkpoint", store=self.keep("activations", Call("fds.HostStore")))]
-        if checkpoints_itself(self.model) or self.given("activation_checkpointing"):
+        if checkpoints_itself(self.model) or self.written("activation_checkpointing"):
             return [Call("fds.checkpoint")]
         if self.stage == 3:
             elements = sum(p.numel() for p in self.model.parameters())
@@ -216,11 +216,11 @@ class _Plan:
         if not section.nvme_path:
             raise _error(f"{key}.nvme_path", section.nvme_path, "device is nvme, which needs a directory")
         options: dict[str, Any] = {}
-        if self.given("aio"):
+        if self.written("aio"):
             aio = self.config.aio
             names = ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events")
-            options["settings"] = Call("fds.offload.aio.Settings.of", {k: getattr(aio, k) for k in names})
-        if key.endswith("offload_param") and self.given(f"{key}.max_in_cpu"):
+            options["settings"] = Call("aio.Settings.of", {k: getattr(aio, k) for k in names})
+        if key.endswith("offload_param") and self.written(f"{key}.max_in_cpu"):
             options["budget"] = int(section.max_in_cpu) * (2 if self.low and self.masters else 4)
         known = "parameters" if options.get("budget") else "files"
         return self.keep(known, Call("fds.FileStore", section.nvme_path, **options))
@@ -238,7 +238,7 @@ class _Plan:
     # --- the step ---
 
     def step(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"loss": Reference("fds.deepspeed.batches.model_loss")}
+        options: dict[str, Any] = {"loss": Reference("batches.model_loss")}
         micro = int(self.config.gradient_accumulation_steps)
         if micro > 1:
             options["microbatches"] = micro

@@ -68,7 +68,7 @@ def schedule_of(config: Any, params: Mapping[str, Any]) -> Call | None:
     name = config.scheduler.type
     if not name or not is_own_schedule(name):
         return None
-    return Call("fds.deepspeed.schedules.build", name, dict(config.scheduler.params or {}), params.get("lr", 1e-3))
+    return Call("schedules.build", name, dict(config.scheduler.params or {}), params.get("lr", 1e-3))
 
 
 def is_own_schedule(name: str) -> bool:

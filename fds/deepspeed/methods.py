@@ -30,4 +30,4 @@ def rule(type: str, params: Mapping[str, Any], schedule: Call | None = None) -> 
     if name == "lion":
         return Call("fds.optim.lion", rate, **options)
     own = {} if schedule is None else {"schedule": schedule}
-    return Call("fds.deepspeed.optimizers.build", type, dict(params), **own)
+    return Call("optimizers.build", type, dict(params), **own)

@@ -4,10 +4,20 @@ An expression has a `source`, runnable Python, and a `value`; a `Recipe` is a li
 """
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+
+# What lines call by a short name.
+_MODULES = {
+    "aio": "fds.offload.aio",
+    "batches": "fds.deepspeed.batches",
+    "modules": "fds.deepspeed.modules",
+    "optimizers": "fds.deepspeed.optimizers",
+    "schedules": "fds.deepspeed.schedules",
+}
 
 
 @attrs.frozen
@@ -29,7 +39,7 @@ class Name:
 
 @attrs.frozen
 class Call:
-    """A call of a function or method: a dotted path into `fds`, or into an earlier line's value.
+    """A call of a function or method: a dotted path into `fds`, into a module of `_MODULES`, or into an earlier line's value.
 
     >>> print(source(Call("fds.optim.sgd", 0.1, momentum=0.9)))
     fds.optim.sgd(0.1, momentum=0.9)
@@ -66,11 +76,9 @@ class Reference:
 
 def _resolved(path: str, names: Mapping[str, Any]) -> Any:
     first, *rest = path.split(".")
-    found = names[first] if first in names else importlib.import_module(first)
-    at = first
+    found = names[first] if first in names else importlib.import_module(_MODULES.get(first, first))
     for part in rest:
-        at = f"{at}.{part}"
-        found = getattr(found, part, None) or importlib.import_module(at)
+        found = getattr(found, part)
     return found
 
 
@@ -133,14 +141,14 @@ class Recipe:
     given: tuple[str, ...] = ("model",)
 
     def source(self) -> str:
-        head = "import fds\nimport fds.deepspeed\n\n"
-        return head + "\n".join(line.source() for line in self.lines) + "\n"
+        text = "\n".join(line.source() for line in self.lines) + "\n"
+        used = [_MODULES[m].rpartition(".") for m in _MODULES if re.search(rf"(?<![.\w]){m}\.", text)]
+        packages = {p: sorted(m for q, _, m in used if q == p) for p, _, _ in used}
+        return "import fds\n" + "".join(f"from {p} import {', '.join(m)}\n" for p, m in packages.items()) + "\n" + text
 
     def build(self, **given: Any) -> dict[str, Any]:
         """The values of all lines, by name."""
-        import fds
-
-        names: dict[str, Any] = {"fds": fds, **given}
+        names = dict(given)
         for line in self.lines:
             found = value(line.expression, names)
             if len(line.names) == 1:
