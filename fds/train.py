@@ -11,6 +11,7 @@ from fds import losses, tree
 from fds.compiling import traced
 from fds.frame import scoped, with_updates
 from fds.grad import value_and_grad
+from fds.layout import whole
 from fds.leaves import Handed
 from fds.lowering import lowered
 from fds.offload.handles import SQUARE as square_of_handle
@@ -161,7 +162,7 @@ def train_step(
         hold: the axis of a `shard` that is the last transformation to change what is stored: its gathers and reductions are done once per
             step, not in every microbatch, for the memory of what it gathers and of its gradients. The loss sees `stored` gathered.
 
-    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
+    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32; of `optim.onebit_adam` and its like the root mean square over ranks), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
     ``nonfinite`` ({leaf: 0-D bool}), and what the loss added.
 
     Law: n ranks or microbatches follow one process on the global batch.
@@ -184,12 +185,27 @@ def train_step(
             raise ValueError(
                 f"train_step: the parameters behind {away[0]!r} are in a store, and this optimizer would update their handles; use optim.streamed(tx, store)"
             )
+    if tx.whole and (cut := _cut(program)):
+        raise ValueError(
+            f"train_step: the parameters in {cut!r} are parts of leaves, or several of them, and this optimizer (LAMB, Muon, a partition) looks at whole ones by name; split its state instead: optim.sharded(tx, axis), without shard, offload or tensor_parallel"
+        )
     step = TrainStep(program, tx, loss, microbatches, on_nonfinite, seed, hold)
     if hold is not None and not any(t.hold is not None for t in step.reductions):
         raise ValueError(
             f"train_step: hold={hold!r}, required the axis of a shard that no other lens comes after; this program has {list(program.history)}; the order that works: chain(..., shard({hold!r}))"
         )
     return step
+
+
+def _cut(program: Program) -> str:
+    """A trainable stored leaf that is not one logical leaf as it is; empty if there is none."""
+    for s, p in program.sites.items():
+        held = None if p.layout is None else p.layout.boxes
+        for k, leaf in p.spec.items():
+            plain = held is None or k not in held or held[k] == whole(k, leaf.shape)
+            if leaf.requires_grad and (k in p.handles or k in p.axes or not plain):
+                return tree.qualified(s, k)
+    return ""
 
 
 def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tuple[TrainState, dict[str, Any]]:
@@ -317,7 +333,8 @@ def _mean(x: Any, axes: tuple[Axis, ...]) -> Any:
 def _squares(step: TrainStep, grads: Any, params: Stored) -> tuple[list[str], Tensor]:
     """Names of the gradient's leaves, and the sum of squares of each, over all the ranks it is split over: [leaves] float32."""
     if step.tx.axis is not None:
-        return _summed(grads, dict.fromkeys(grads, (step.tx.axis,)))
+        names, sums = _summed(grads, dict.fromkeys(grads, (step.tx.axis,)))
+        return names, sums / step.tx.axis.size if step.tx.local else sums
     sites = step.program.sites
     split = {s: {k: sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()}
     away = {tree.qualified(s, k): params[s][k] for s, part in grads.items() for k in part if k in sites[s].handles}
