@@ -110,6 +110,8 @@ def _carried(part: Part, home: torch.device) -> Entry:
 
 def _of_slot(slot: Slot, shapes: Shapes, home: torch.device) -> Entry:
     kind, part, device = f"optimizer/{slot.name}", slot.part, _CPU if slot.host else home
+    if slot.carried and part is not None:
+        return _single(f"{CARRIED}{kind}/{part.name} ({part.shard})", slot.like, device, slot.window)
     if part is None:
         return _single(kind, slot.like, device, slot.window)
     if slot.elementwise:

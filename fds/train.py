@@ -11,6 +11,7 @@ from fds import losses, tree
 from fds.compiling import traced
 from fds.frame import scoped, with_updates
 from fds.grad import value_and_grad
+from fds.layout import whole
 from fds.leaves import Handed
 from fds.loss_scale import DynamicLossScale, LossScale, as_loss_scale, unscaled
 from fds.lowering import lowered
@@ -186,7 +187,7 @@ def train_step(
             reduced multiplied, and divided again in float32, before norm, clipping and update; a dynamic scale is lowered by steps that
             overflow, and "raise" then raises only what a lower scale cannot mend: at its minimum, or where the loss itself is not finite.
 
-    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
+    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32; of `optim.onebit_adam` and its like the root mean square over ranks), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
     ``nonfinite`` ({leaf: 0-D bool}), and what the loss added. With `loss_scale`: ``loss_scale``, of this step (0-D float32); if it is dynamic,
     ``scale_at_minimum``: this step overflowed, and the scale cannot be lowered any more (0-D bool).
 
@@ -210,6 +211,10 @@ def train_step(
             raise ValueError(
                 f"train_step: the parameters behind {away[0]!r} are in a store, and this optimizer would update their handles; use optim.streamed(tx, store)"
             )
+    if tx.whole and (cut := _cut(program)):
+        raise ValueError(
+            f"train_step: the parameters in {cut!r} are parts of leaves, or several of them, and this optimizer (LAMB, Muon, a partition) looks at whole ones by name; split its state instead: optim.sharded(tx, axis), without shard, offload or tensor_parallel"
+        )
     scaling = as_loss_scale(loss_scale)
     fed_back = [tree.qualified(s, k) for s, p in program.sites.items() for k in p.carries]
     if fed_back and scaling is not None and scaling.dynamic:
@@ -222,6 +227,17 @@ def train_step(
             f"train_step: hold={hold!r}, required the axis of a shard that no other lens comes after; this program has {list(program.history)}; the order that works: chain(..., shard({hold!r}))"
         )
     return step
+
+
+def _cut(program: Program) -> str:
+    """A trainable stored leaf that is not one logical leaf as it is; empty if there is none."""
+    for s, p in program.sites.items():
+        held = None if p.layout is None else p.layout.boxes
+        for k, leaf in p.spec.items():
+            plain = held is None or k not in held or held[k] == whole(k, leaf.shape)
+            if leaf.requires_grad and (k in p.handles or k in p.axes or not plain):
+                return tree.qualified(s, k)
+    return ""
 
 
 def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tuple[TrainState, dict[str, Any]]:
@@ -403,7 +419,8 @@ def mean_over(x: Any, axes: tuple[Axis, ...]) -> Any:
 def _squares(step: TrainStep, grads: Any, params: Stored) -> tuple[list[str], Tensor]:
     """Names of the gradient's leaves, and the sum of squares of each, over all the ranks it is split over: [leaves] float32."""
     if step.tx.axis is not None:
-        return _summed(grads, dict.fromkeys(grads, (step.tx.axis,)))
+        names, sums = _summed(grads, dict.fromkeys(grads, (step.tx.axis,)))
+        return names, sums / step.tx.axis.size if step.tx.local else sums
     sites = step.program.sites
     split = {s: {k: sites[s].axes.get(k, ()) for k in part} for s, part in grads.items()}
     away = {tree.qualified(s, k): params[s][k] for s, part in grads.items() for k in part if k in sites[s].handles}

@@ -36,6 +36,9 @@ def grouped(optimizers: Mapping[str, Optimizer], groups: Mapping[str, str | Iter
         raise ValueError(
             f"grouped: group {name!r} has {'no patterns' if name in optimizers else 'no optimizer'}; {tree.suggest(name, groups if name in optimizers else optimizers)}"
         )
+    for name, tx in optimizers.items():
+        if tx.local:
+            raise ValueError(f"grouped: {name!r} reduces gradients itself (onebit_adam and its like), which has no groups; give all parameters to one")  # fmt: skip
     axes = list(dict.fromkeys(tx.axis for tx in optimizers.values()))
     if len(axes) != 1:
         raise ValueError(
@@ -51,7 +54,8 @@ class _Grouped:
 
     def optimizer(self) -> Optimizer:
         stream = next((tx.stream for tx in self.each.values() if tx.stream is not None), None)
-        return Optimizer(self.init, self.update, self.reduce, self.axis, self.step, stream, self.members)
+        whole = any(tx.whole for tx in self.each.values())
+        return Optimizer(self.init, self.update, self.reduce, self.axis, self.step, stream, self.members, whole=whole)
 
     def split(self, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """The part of a stored tree that each group has; sites without leaves of it are left out."""
