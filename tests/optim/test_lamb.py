@@ -4,12 +4,15 @@ import pytest
 import torch
 
 import fds
-from fds import optim, tree
+from fds import kernels, optim, tree
 
 
 def problem():
     g = torch.Generator().manual_seed(0)
-    p = {"a": torch.randn(4, 3, generator=g).double(), "b": {"c": torch.zeros(5).double(), "d": torch.tensor(2.0).double()}}
+    p = {
+        "a": torch.randn(4, 3, generator=g).double(),
+        "b": {"c": torch.zeros(5).double(), "d": torch.tensor(2.0).double()},
+    }
     return p, [tree.map(lambda x: torch.randn(x.shape, generator=g).double(), p) for _ in range(6)]
 
 
@@ -61,7 +64,7 @@ def test_it_is_the_kernel():
     mu, nu, starts = torch.zeros_like(flat), torch.zeros_like(flat), torch.tensor([0, 12, 17])
     for i, g in enumerate(grads, 1):
         g = torch.cat([x.reshape(-1) for x in tree.leaves(g)])
-        flat, mu, nu = fds.kernels.lamb_update(flat, g, mu, nu, starts, rate=0.05, count=i, weight_decay=0.1)
+        flat, mu, nu = kernels.lamb_update(flat, g, mu, nu, starts, rate=0.05, count=i, weight_decay=0.1)
     got = torch.cat([x.reshape(-1) for x in tree.leaves(run(optim.lamb(0.05, weight_decay=0.1), p, grads))])
     torch.testing.assert_close(got, flat, rtol=1e-5, atol=1e-6)
 

@@ -9,7 +9,11 @@ from fds.optim.muon import COEFFICIENTS, orthogonal
 
 def problem(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    p = {"square": torch.randn(6, 6, generator=g), "tall": torch.randn(9, 4, generator=g), "wide": torch.randn(3, 8, generator=g)}
+    p = {
+        "square": torch.randn(6, 6, generator=g),
+        "tall": torch.randn(9, 4, generator=g),
+        "wide": torch.randn(3, 8, generator=g),
+    }
     return tree.map(lambda x: x.to(dtype), p), [
         tree.map(lambda x: torch.randn(x.shape, generator=g).to(dtype), p) for _ in range(5)
     ]
@@ -40,7 +44,9 @@ def test_five_steps_are_torchs(ours, theirs):
             x.grad = y.clone()
         tx.step()
     for got, want in zip(tree.leaves(run(optim.muon(0.02, **ours), p, grads)), leaves, strict=True):
-        torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=2e-4)  # both in bfloat16, whose last bit is 2^-8 of a step
+        torch.testing.assert_close(
+            got, want.detach(), rtol=1e-5, atol=2e-4
+        )  # both in bfloat16, whose last bit is 2^-8 of a step
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])

@@ -8,8 +8,8 @@ import torch
 
 import fds
 from fds import optim, tree
-from fds.optim import one_bit_wire as wire
 from fds.offload import HostStore
+from fds.optim import one_bit_wire as wire
 from fds.sharding import collectives
 from fds.sharding.mesh import Axis
 
@@ -25,7 +25,10 @@ RULES = {
 
 def params():
     g = torch.Generator().manual_seed(1)
-    return {"": {"embed": torch.randn(B + 7, generator=g)}, "h.0": {"b": torch.randn(5, 3, generator=g), "s": torch.tensor(0.5)}}
+    return {
+        "": {"embed": torch.randn(B + 7, generator=g)},
+        "h.0": {"b": torch.randn(5, 3, generator=g), "s": torch.tensor(0.5)},
+    }
 
 
 def gradients(step, rank):

@@ -305,7 +305,12 @@ def test_in_place_equals_the_update_and_skips(name, dtype):
 
 def test_rules_and_chains_have_an_in_place_form():
     clip = optim.clip_by_global_norm(1.0)
-    assert optim.adamw(0.1).step and optim.adam(0.1).step and optim.sgd(0.1).step and optim.chain(clip, optim.adamw(0.1)).step
+    assert (
+        optim.adamw(0.1).step
+        and optim.adam(0.1).step
+        and optim.sgd(0.1).step
+        and optim.chain(clip, optim.adamw(0.1)).step
+    )
     assert optim.chain(optim.adamw(0.1), clip).step is None and optim.chain().step is None
 
 
