@@ -102,7 +102,7 @@ def reference(name, steps, n=2):
     leaf_of = torch.cat([torch.full((-(-x.numel() // B),), i) for i, x in enumerate(leaves)])
     pick = lambda x, i: torch.cat([r for r, k in zip(x, leaf_of, strict=False) if k == i])[: leaves[i].numel()]  # noqa: E731
     coeff, factor, fresh = [0.0] * 3, [1.0] * 3, v
-    interval, counter, local, since, moved, rates = 1, 0, 1, 0, [torch.zeros_like(v)] * n, 0.0
+    interval, local, since, moved, rates = 1, 1, 0, [torch.zeros_like(v)] * n, 0.0
     anchor = p[0]
     for t in range(1, steps + 1):
         g = [rows(gradients(t - 1, r)) for r in range(n)]
@@ -114,7 +114,7 @@ def reference(name, steps, n=2):
                 m = [b1 * m[0] + (1 - b1) * got] * n
                 v = b2 * v + (1 - b2) * got**2 if exact else v
                 if exact:
-                    counter, interval = 0, interval * 2
+                    interval *= 2
                 anchor = p[0] - lr * (m[0] / (v.sqrt() + eps) + decay * p[0])
                 p = [anchor] * n
             else:
@@ -287,7 +287,7 @@ def test_a_step_eager_compiled_and_resumed(name, tmp_path):
     """Seven steps, one of them skipped, over the border where signs begin; then three more, of the files too."""
     ends = {how: ranks.run(2, train, name, how, str(tmp_path)) for how in ("eager", "compiled", "saved")}
     for how, both in ends.items():
-        losses, _, p, skipped = both[0]
+        _, _, p, skipped = both[0]
         assert skipped == 1 and all(torch.equal(p[k], x) for k, x in both[1][2].items()), how
         for k, x in ends["eager"][0][2].items():
             torch.testing.assert_close(p[k], x, rtol=1e-3, atol=1e-4) if how == "compiled" else torch.equal(p[k], x)
@@ -301,8 +301,6 @@ def norm_of_two():
     axis = fds.sharding.mesh(dp=2)["dp"]
     step, p = make(RULES["adam"](axis))
     _, metrics = step(step.init(p), {k: v.chunk(2)[axis.rank] for k, v in rows(0).items()})
-    program = step.program
-    _, grads = fds.value_and_grad(step.loss, wrt=program)
     return float(metrics["grad_norm"])
 
 
