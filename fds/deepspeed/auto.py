@@ -108,7 +108,7 @@ class _Walk:
         for name, value in raw.items():
             default = known[name][0] if name in known and name not in _CALLERS else None
             if value == "auto" and (name in known or not method):
-                self.put(out, name, f"{section}.params.{name}", lambda d=default: None if d is None else (d, f"{type}'s default"))  # fmt: skip
+                self.put(out, name, f"{section}.params.{name}", lambda d=default: None if d is None else (d, f"{method}'s default"))  # fmt: skip
             else:
                 out[name] = value
         return out
@@ -140,10 +140,15 @@ class _Walk:
             mine = {"bf16.enabled": "bfloat16", "fp16.enabled": "float16"}[where]
             return dtype == mine, f"the model's parameters are {dtype}"
         if where == "scheduler.params.warmup_max_lr":
-            params = (self.config.get("optimizer") or {}).get("params") or {}
+            params = _part(_part(self.config, "optimizer"), "params")
             rate = self.answers.get("optimizer.params.lr", params.get("lr"))
             return None if rate in (None, "auto") else (rate, "the optimizer's lr")
         return None
+
+
+def _part(x: Any, name: str) -> Mapping[str, Any]:
+    found = x.get(name) if isinstance(x, Mapping) else None  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    return found if isinstance(found, Mapping) else {}  # pyright: ignore[reportUnknownVariableType]
 
 
 def _default(cls: type[Any], name: str, auto: str) -> tuple[Any, str] | None:

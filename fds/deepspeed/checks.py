@@ -16,9 +16,10 @@ def precision(c: Top) -> Iterator[Problem]:
     on = [f"{name}.enabled" for name in ("fp16", "bf16", "torch_autocast") if getattr(c, name).enabled]
     if len(on) > 1:
         yield tuple(on), "all are true; one of them at most"
-    accumulate, enabled = c.data_types.grad_accum_dtype, (c.fp16.enabled, c.bf16.enabled)
-    if accumulate in ("fp16", "bf16") and not enabled[accumulate == "bf16"]:
-        yield ("data_types.grad_accum_dtype", f"{accumulate}.enabled"), f"{accumulate}, and {accumulate} is not enabled; allowed null or fp32"  # fmt: skip
+    accumulate, stage = c.data_types.grad_accum_dtype, c.zero_optimization.stage
+    narrow = c.bf16.enabled and stage in (1, 2)
+    if accumulate not in (None, "fp32") and not (accumulate == "bf16" and narrow):
+        yield ("data_types.grad_accum_dtype",), f"given {accumulate!r}, allowed null or 'fp32'" + (" or 'bf16'" if narrow else ", in which gradients are here ('bf16': with bf16 at stages 1 and 2)")  # fmt: skip
 
 
 def offload(c: Top) -> Iterator[Problem]:

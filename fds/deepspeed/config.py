@@ -47,9 +47,15 @@ class DeepSpeedConfig(Top):
     """
 
     world_size: int = 1  # ranks of the job
-    given: frozenset[str] = attrs.field(default=frozenset(), eq=False)  # the paths that were written down, sections and keys
-    resolved: tuple[Resolved, ...] = attrs.field(default=(), eq=False)  # what "auto" and the batch triangle became, and why
-    unsupported: tuple[str, ...] = attrs.field(default=(), eq=False)  # keys that have no effect, under on_unsupported="warn"
+    given: frozenset[str] = attrs.field(
+        default=frozenset(), eq=False
+    )  # the paths that were written down, sections and keys
+    resolved: tuple[Resolved, ...] = attrs.field(
+        default=(), eq=False
+    )  # what "auto" and the batch triangle became, and why
+    unsupported: tuple[str, ...] = attrs.field(
+        default=(), eq=False
+    )  # keys that have no effect, under on_unsupported="warn"
     source: Mapping[str, Any] = attrs.field(factory=dict, eq=False)  # as it was given
 
     def __init__(
@@ -110,10 +116,11 @@ def _read(source: Mapping[str, Any], world: int, ranks: int | None, on_unsupport
             type, params = reader.method(name, part.type, part.params)
             values[name] = attrs.evolve(part, type=type, params=params)
     _offload_of_old(values, reader)
-    closed, ranks = _closed(values, world, ranks, found, reader, config, plain)
+    data = _data_ranks(values, world, ranks)
+    closed = _closed(values, world, data, reader, config)
     if not reader.problems:
         top = Top(**values)
-        for keys, text in checks.every(top, world, ranks):
+        for keys, text in checks.every(top, world, data):
             reader.problem(text, *keys)
     refused = [f"{k}: {text}" for k, text in reader.unsupported]
     if reader.problems or (refused and on_unsupported == "error"):
@@ -161,27 +168,35 @@ def _offload_of_old(values: dict[str, Any], reader: Reader) -> None:
             zero = values["zero_optimization"] = attrs.evolve(zero, **{new: section, old: None})
 
 
-def _closed(values: dict[str, Any], world: int, ranks: int | None, found: tuple[Resolved, ...], reader: Reader, config: Mapping[str, Any], plain: Mapping[str, Any]) -> tuple[list[Resolved], int]:  # fmt: skip
-    """Close the batch triangle in `values`, for the data-parallel ranks that there are; what was found for it, and these ranks."""
-    tensor: Any = values.get("tensor_parallel")
-    tp = max(getattr(tensor, "autotp_size", 1), 1)
-    ranks = max(world // tp, 1) if ranks is None else ranks
-    wrong = [k for k in batch.KEYS if k in config and k not in values]
-    if wrong:  # has its problem already
-        return [], ranks
+def _data_ranks(values: Mapping[str, Any], world: int, known: int | None) -> int:
+    """Ranks with rows of their own: those that `mpu` or a mesh knows, else all of them by groups of tensor parallelism."""
+    return max(world // _tensor(values), 1) if known is None else known
+
+
+def _tensor(values: Mapping[str, Any]) -> int:
+    section = values.get("tensor_parallel")
+    return 1 if section is None else max(section.autotp_size, 1)
+
+
+def _closed(values: dict[str, Any], world: int, data: int, reader: Reader, config: Mapping[str, Any]) -> list[Resolved]:
+    """Close the batch triangle in `values`; what was found for it."""
+    if any(k in config and k not in values for k in batch.KEYS):  # has its problem already
+        return []
     given = [values.get(k) for k in batch.KEYS]
     try:
-        triangle = batch.closed(*given, ranks=ranks)
+        triangle = batch.closed(*given, ranks=data)
     except DeepSpeedConfigError as error:
         reader.problems.append((error.keys, str(error)))
-        return [], ranks
+        return []
     values |= dict(zip(batch.KEYS, triangle, strict=True))
-    why = f"rows of a step = rows of a microbatch x microbatches x {ranks} data-parallel rank{'s' * (ranks > 1)}"
+    why = f"rows of a step = rows of a microbatch x microbatches x {data} data-parallel rank{'s' * (data > 1)}"
     new = [Resolved(k, v, why) for k, v, old in zip(batch.KEYS, triangle, given, strict=True) if old is None]
     if values.get("data_parallel_size") is None:
-        values["data_parallel_size"] = ranks
-        new.append(Resolved("data_parallel_size", ranks, f"{world} rank{'s' * (world > 1)}" + (f" in groups of {tp}" if tp > 1 else "")))  # fmt: skip
-    return new, ranks
+        tp = _tensor(values)
+        values["data_parallel_size"] = data
+        groups = f" in groups of {tp}" if tp > 1 else ""
+        new.append(Resolved("data_parallel_size", data, f"{world} rank{'s' * (world > 1)}{groups}"))
+    return new
 
 
 def _ranks(world: int | None, mpu: Any, mesh: Any) -> tuple[int, int | None]:

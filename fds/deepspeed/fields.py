@@ -135,8 +135,8 @@ MAPPING = Kind("a section { }", lambda v: dict(as_mapping(v)))
 PATH = Kind("a path", lambda v: str(v) if hasattr(v, "__fspath__") else _string(v))
 
 
-def integer(low: int | None = None) -> Kind:
-    """Whole numbers, as 5 or 5e8, at least `low`.
+def integer(low: int | None = None, of: int = 1) -> Kind:
+    """Whole numbers, as 5 or 5e8, at least `low`, multiples of `of`.
 
     >>> integer(1).read(5e8)
     500000000
@@ -144,11 +144,12 @@ def integer(low: int | None = None) -> Kind:
 
     def read(value: Any) -> int:
         found = _number(value)
-        if found != int(found) or (low is not None and found < low):
+        if found != int(found) or (low is not None and found < low) or found % of:
             raise ValueError("not such a number")
         return int(found)
 
-    return Kind("a whole number" + ("" if low is None else f" >= {low}"), read)
+    says = "a whole number" + ("" if low is None else f" >= {low}")
+    return Kind(says if of == 1 else f"{says}, a multiple of {of:,}", read)
 
 
 def number(low: float | None = None, high: float | None = None, *, below: float | None = None, above: float | None = None) -> Kind:  # fmt: skip

@@ -94,7 +94,9 @@ class Reader:
         module: Any = torch.optim if section == "optimizer" else torch.optim.lr_scheduler
         where = f"{section}.type"
         if section == "optimizer" and type.lower() in [n.lower() for n in MUP]:
-            self.problem(f"{type!r} is not there (a rate for each width): give initialize an optimizer of your own", where)
+            self.problem(
+                f"{type!r} is not there (a rate for each width): give initialize an optimizer of your own", where
+            )
         elif inspect.isclass(getattr(module, type, None)):
             if section == "optimizer":
                 self.problem(f"{type!r} is torch's and not one of fds's: give initialize an instance of it, or one of {', '.join(table)}", where)  # fmt: skip

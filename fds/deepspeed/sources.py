@@ -1,8 +1,7 @@
 """Where a configuration comes from: a dictionary, the path of a JSON or HJSON file, or base64 of its text."""
 
 import base64
-import binascii
-import copy
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ def read(source: Any) -> dict[str, Any]:
     {'train_batch_size': 8}
     """
     if isinstance(source, Mapping):
-        return copy.deepcopy(dict(source))  # pyright: ignore[reportUnknownArgumentType]
+        return _copied(source)
     if not isinstance(source, str | os.PathLike):
         raise DeepSpeedConfigError(
             f"ds_config: got {type(source).__name__}, required a dictionary, a path (str or Path) of a JSON or HJSON file, or base64 of JSON"
@@ -30,36 +29,37 @@ def read(source: Any) -> dict[str, Any]:
     return _parsed(text, where)
 
 
+def _copied(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {k: _copied(v) for k, v in x.items()}  # pyright: ignore[reportUnknownVariableType]
+    return [_copied(v) for v in x] if isinstance(x, list) else x  # pyright: ignore[reportUnknownVariableType]
+
+
 def _text(source: Any) -> tuple[str, str]:
-    path = Path(source)
     try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8"), str(path)
-        there = path.exists()
-    except (OSError, ValueError) as error:  # a name too long for a path is base64; what cannot be read is an error
-        if path_like(source):
-            raise DeepSpeedConfigError(f"ds_config: {source}: {error}") from error
+        there = os.path.exists(source)
+    except ValueError:  # a zero byte
         there = False
-    if isinstance(source, str) and not there:
+    if there:
         try:
+            return Path(source).read_text(encoding="utf-8"), str(source)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DeepSpeedConfigError(f"ds_config: {source}: cannot be read: {error}") from error
+    if isinstance(source, str):
+        with contextlib.suppress(ValueError):  # binascii.Error and UnicodeDecodeError are such
             # urlsafe, as DeepSpeed's launcher encodes it; the other alphabet too
             raw = base64.b64decode(source.translate(str.maketrans("-_", "+/")), validate=True)
             return raw.decode("utf-8"), "base64"
-        except (binascii.Error, UnicodeDecodeError, ValueError):
-            pass
-    what = "is a directory" if there else "there is no such file" + (", and it is not base64 of JSON" if isinstance(source, str) else "")  # fmt: skip
-    raise DeepSpeedConfigError(f"ds_config: {str(source)[:200]!r}: {what}")
-
-
-def path_like(source: Any) -> bool:
-    """Whether a source was meant as a path: a Path, or text that looks like one."""
-    return not isinstance(source, str) or source.endswith((".json", ".hjson"))
+    other = ", and it is not base64 of JSON" if isinstance(source, str) else ""
+    raise DeepSpeedConfigError(f"ds_config: {str(source)[:200]!r}: there is no such file{other}")
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
         found: Any = json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
+    except DeepSpeedConfigError:
+        raise
+    except ValueError as error:  # not JSON, or a number of too many digits
         found = _hjson(text, where, error)
     except RecursionError as error:
         raise DeepSpeedConfigError(f"ds_config: {where}: nested too deeply") from error
@@ -68,7 +68,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     return found  # pyright: ignore[reportUnknownVariableType]
 
 
-def _hjson(text: str, where: str, error: json.JSONDecodeError) -> Any:
+def _hjson(text: str, where: str, error: ValueError) -> Any:
     try:
         import hjson  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
     except ImportError:

@@ -36,7 +36,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     for label, tx in optimizers.items():
         if tx.axis is not None:
             raise ValueError(
-                f"partition: {label!r} is a sharded optimizer; turn it round: sharded(partition({{...}}, labels), axis)"
+                f"partition: {label!r} {'reduces the gradients of all leaves itself; use it alone' if tx.local else 'is a sharded optimizer; turn it round: sharded(partition({...}, labels), axis)'}"
             )
 
     def split(params: Any) -> dict[str, list[int]]:

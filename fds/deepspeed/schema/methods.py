@@ -22,7 +22,10 @@ _LAMB: Params = {
     "lr": (1e-3, _RATE), "betas": ([0.9, 0.999], _BETAS), "eps": (1e-8, _RATE), "eps_inside_sqrt": (False, BOOLEAN), "weight_decay": (0.0, _RATE), "bias_correction": (True, BOOLEAN),
     "max_coeff": (10.0, _RATE), "min_coeff": (0.01, _RATE), "amsgrad": (False, one_of(False)),
 }  # fmt: skip
-_WIRE: Params = {"cuda_aware": (False, BOOLEAN), "comm_backend_name": ("nccl", TEXT)}  # of the one-bit family; groups are torch's here
+_WIRE: Params = {
+    "cuda_aware": (False, BOOLEAN),
+    "comm_backend_name": ("nccl", TEXT),
+}  # of the one-bit family; groups are torch's here
 _ONE_BIT: Params = {**{k: v for k, v in _ADAM.items() if k in ("lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad")}, "eps_inside_sqrt": (False, BOOLEAN), **_WIRE}  # fmt: skip
 
 OPTIMIZERS: dict[str, Params] = {
@@ -66,6 +69,9 @@ SCHEDULERS: dict[str, Params] = {
     "WarmupCosineLR": {"total_num_steps": (None, integer(1)), "warmup_min_ratio": (0.0, _RATE), "cos_min_ratio": (1e-4, _RATE), **_WARMUP},
 }  # fmt: skip
 REQUIRED = {"WarmupDecayLR": ("total_num_steps",), "WarmupCosineLR": ("total_num_steps",), "OneCycle": ("cycle_min_lr", "cycle_max_lr")}  # fmt: skip
+
+# A key is a line.
+# fmt: off
 
 
 @attrs.frozen(kw_only=True)

@@ -6,9 +6,24 @@ from typing import Any
 import attrs
 
 from fds.deepspeed.fields import (
-    BOOLEAN, MAPPING, PATH, TEXT, either, integer, key, listing, maybe, number, off, one_of, section,
+    BOOLEAN,
+    MAPPING,
+    PATH,
+    TEXT,
+    either,
+    integer,
+    key,
+    listing,
+    maybe,
+    number,
+    off,
+    one_of,
+    section,
 )  # fmt: skip
-from fds.deepspeed.schema.precision import DTYPES
+from fds.deepspeed.schema.precision import DTYPE
+
+# A key is a line.
+# fmt: off
 
 
 @attrs.frozen(kw_only=True)
@@ -97,9 +112,9 @@ class Timers:
 class AIO:
     """ "aio"."""
 
-    block_size: int = key(1_048_576, integer(1), "yes", "`FileStore(settings=...)`: bytes of one system call, a multiple of 4,096")
+    block_size: int = key(1_048_576, integer(1, 4096), "yes", "`FileStore(settings=...)`: bytes of one system call, a multiple of 4,096")
     queue_depth: int = key(8, integer(1), "yes", "blocks in flight for each submitter")
-    intra_op_parallelism: int = key(1, integer(1), "yes", "submitters (`thread_count` in DeepSpeed's documentation, which its code does not read)")  # fmt: skip
+    intra_op_parallelism: int = key(1, integer(1), "yes", "submitters (`thread_count` in DeepSpeed's documentation, which its code does not read)")
     single_submit: bool = key(False, BOOLEAN, "yes", "one block at a time")
     overlap_events: bool = key(True, BOOLEAN, "yes", "a finished block makes room at once")
     use_gds: bool = key(False, BOOLEAN, "no", "everything passes through host memory")
@@ -109,10 +124,10 @@ class AIO:
 class ActivationCheckpointing:
     """ "activation_checkpointing"."""
 
-    partition_activations: bool = key(False, BOOLEAN, "no", "`tensor_parallel(sequence=True)` splits the activations between layers, in a chain of your own")  # fmt: skip
+    partition_activations: bool = key(False, BOOLEAN, "no", "`tensor_parallel(sequence=True)` splits the activations between layers, in a chain of your own")
     cpu_checkpointing: bool = key(False, BOOLEAN, "yes", "`checkpoint(store=HostStore())`: the inputs of blocks in host memory")
     contiguous_memory_optimization: bool = key(False, BOOLEAN, "design", "saved inputs are one buffer for each site already")
-    number_checkpoints: int | None = key(None, maybe(integer(1)), "design", "belongs to contiguous_memory_optimization; each site is recomputed")  # fmt: skip
+    number_checkpoints: int | None = key(None, maybe(integer(1)), "design", "belongs to contiguous_memory_optimization; each site is recomputed")
     synchronize_checkpoint_boundary: bool = key(False, BOOLEAN, "design", "recompute is in the graph, in its order")
     profile: bool = key(False, BOOLEAN, "no", "profile the step: wall_clock_breakdown, or torch's profiler")
 
@@ -127,7 +142,7 @@ class HybridEngine:
     release_inference_cache: bool = key(False, BOOLEAN, "yes", "`hybrid(release_inference_cache=...)`")
     pin_parameters: bool = key(True, BOOLEAN, "yes", "`hybrid(pin_parameters=...)`")
     tp_gather_partition_size: int = key(8, integer(1), "yes", "`hybrid(tp_gather_partition_size=...)`: sites that are whole at a time")
-    enable_cuda_graph: bool = key(False, BOOLEAN, "no", "decode steps are compiled; for CUDA graphs use `init_inference(enable_cuda_graph=True)`")  # fmt: skip
+    enable_cuda_graph: bool = key(False, BOOLEAN, "no", "decode steps are compiled; for CUDA graphs use `init_inference(enable_cuda_graph=True)`")
 
 
 @attrs.frozen(kw_only=True)
@@ -145,16 +160,16 @@ class TensorParallel:
     """ "tensor_parallel"."""
 
     autotp_size: int = key(0, integer(0), "yes", '`tensor_parallel(mesh["tp"])` over so many ranks, before everything else; with all stages')
-    preset_model: str | None = key(None, maybe(one_of("llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3")), "design", "the plan is the model's own (transformers), else by the names of its layers; `sharding.plan_of(module)` prints it")  # fmt: skip
-    partition_config: Mapping[str, Any] | None = key(None, maybe(MAPPING), "no", 'write the chain: `tensor_parallel(mesh["tp"], plan={"*.q_proj": "column", "*.o_proj": "row"})`')  # fmt: skip
+    preset_model: str | None = key(None, maybe(one_of("llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3")), "design", "the plan is the model's own (transformers), else by the names of its layers; `sharding.plan_of(module)` prints it")
+    partition_config: Mapping[str, Any] | None = key(None, maybe(MAPPING), "no", 'write the chain: `tensor_parallel(mesh["tp"], plan={"*.q_proj": "column", "*.o_proj": "row"})`')
     tp_overlap_comm: bool = key(False, BOOLEAN, "design", "as zero_optimization.overlap_comm")
-    dtype: Any = key("float16", one_of(*DTYPES), "no", "the dtype is that of fp16, bf16 or the model; leave it out", neutral=["fp16", "half", "torch.float16"])  # fmt: skip
+    dtype: Any = key("float16", DTYPE, "no", "the dtype is that of fp16, bf16 or the model; leave it out")
     tp: TPGroup = section(TPGroup, aliases=("tensor_parallel",))
-    vocab_parallel_lm_head: bool | None = key(None, maybe(BOOLEAN), "no", "the output layer follows the plan; its loss never gathers the logits")  # fmt: skip
+    vocab_parallel_lm_head: bool | None = key(None, maybe(BOOLEAN), "no", "the output layer follows the plan; its loss never gathers the logits")
     vocab_parallel_ce_backend: str = key("torch", one_of("torch", "liger"), "no", "`losses.causal_lm` has its own")
     injection_policy_tuple: Any = key(None, maybe(listing(TEXT)), "no", "see partition_config")
-    keep_module_on_host: bool = key(False, BOOLEAN, "no", "leaves are placed one at a time; build large models under torch.device('meta') and `load`")  # fmt: skip
-    replace_with_kernel_inject: bool = key(False, BOOLEAN, "no", "write the chain: `at(pattern, use(operator))`", aliases=("kernel_inject",))  # fmt: skip
+    keep_module_on_host: bool = key(False, BOOLEAN, "no", "leaves are placed one at a time; build large models under torch.device('meta') and `load`")
+    replace_with_kernel_inject: bool = key(False, BOOLEAN, "no", "write the chain: `at(pattern, use(operator))`", aliases=("kernel_inject",))
 
 
 @attrs.frozen(kw_only=True)
@@ -178,7 +193,7 @@ class Compile:
     sync_after_allgather: bool = key(False, BOOLEAN, "no", "as sync_before_reduce")
     keep_int_input_tensors: bool = key(True, BOOLEAN, "design", "no graph is profiled with stored inputs")
     keep_all_input_tensors: bool = key(False, BOOLEAN, "design", "no graph is profiled with stored inputs")
-    passes: list[str] | None = key(None, maybe(listing(one_of("z1", "z3", "autosp", "autotp"))), "no", "the chain says what is in the graph; leave it out")  # fmt: skip
+    passes: list[str] | None = key(None, maybe(listing(one_of("z1", "z3", "autosp", "autotp"))), "no", "the chain says what is in the graph; leave it out")
 
 
 @attrs.frozen(kw_only=True)
@@ -192,12 +207,12 @@ class ParallelWrite:
 class Checkpoint:
     """ "checkpoint"."""
 
-    tag_validation: str = key("WARN", one_of("IGNORE", "WARN", "FAIL", any_case=True), "design", "a state has one index for all ranks: a tag that differs is always an error")  # fmt: skip
+    tag_validation: str = key("WARN", one_of("IGNORE", "WARN", "FAIL", any_case=True), "design", "a state has one index for all ranks: a tag that differs is always an error")
     load_universal: bool = key(False, BOOLEAN, "design", "`load_checkpoint` sees what a directory holds, and reads any number of ranks")
     use_node_local_storage: bool = key(False, BOOLEAN, "no", "give save_checkpoint a directory that all ranks see")
     checkpoint_serialization: bool = key(True, BOOLEAN, "design", "states are safetensors with an index; nothing is pickled")
     parallel_write: ParallelWrite = section(ParallelWrite)
-    writer: Mapping[str, Any] | None = off("type io_buffer_size io_buffer_double show_statistics data_parallel decoupled io_multiplier", "states are always written past the page cache; in the background with `save_state(asynchronous=True)`")  # fmt: skip
+    writer: Mapping[str, Any] | None = off("type io_buffer_size io_buffer_double show_statistics data_parallel decoupled io_multiplier", "states are always written past the page cache; in the background with `save_state(asynchronous=True)`")
 
 
 _STEPS = either(integer(1), listing(integer(1)))
@@ -207,11 +222,11 @@ _STEPS = either(integer(1), listing(integer(1)))
 class ScheduleConfig:
     """ "curriculum_learning.schedule_config"."""
 
-    total_curriculum_step: int | None = key(None, maybe(integer(1)), "yes", "steps from min_difficulty to max_difficulty; for fixed_linear and fixed_root", auto="given")  # fmt: skip
-    difficulty_step: int | None = key(None, maybe(integer(1)), "yes", "difficulties are multiples of it; for fixed_linear and fixed_root", auto="given")  # fmt: skip
+    total_curriculum_step: int | None = key(None, maybe(integer(1)), "yes", "steps from min_difficulty to max_difficulty; for fixed_linear and fixed_root", auto="given")
+    difficulty_step: int | None = key(None, maybe(integer(1)), "yes", "difficulties are multiples of it; for fixed_linear and fixed_root", auto="given")
     root_degree: float | None = key(None, maybe(number(above=0)), "yes", "for fixed_root", auto="given")
     difficulty: list[int] | None = key(None, maybe(listing(integer(1))), "yes", "for fixed_discrete", auto="given")
-    max_step: list[int] | None = key(None, maybe(listing(integer(1))), "yes", "for fixed_discrete: one less than difficulty has", auto="given")  # fmt: skip
+    max_step: list[int] | None = key(None, maybe(listing(integer(1))), "yes", "for fixed_discrete: one less than difficulty has", auto="given")
 
 
 @attrs.frozen(kw_only=True)
@@ -222,7 +237,7 @@ class CurriculumLearning:
     curriculum_type: str = key("seqlen", one_of("seqlen"), "yes", "the length of sequences is the only one")
     min_difficulty: int | None = key(None, maybe(integer(1)), "yes", "tokens at the first step", auto="given")
     max_difficulty: int | None = key(None, maybe(integer(1)), "yes", "tokens at the last", auto="given")
-    schedule_type: str | None = key(None, maybe(one_of("fixed_linear", "fixed_root", "fixed_discrete")), "yes", "how it grows; a function of your own (DeepSpeed's custom): fds.deepspeed's data loader takes one", auto="given")  # fmt: skip
+    schedule_type: str | None = key(None, maybe(one_of("fixed_linear", "fixed_root", "fixed_discrete")), "yes", "how it grows; a function of your own (DeepSpeed's custom): fds.deepspeed's data loader takes one", auto="given")
     schedule_config: ScheduleConfig = section(ScheduleConfig)
 
 
