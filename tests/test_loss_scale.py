@@ -198,7 +198,8 @@ def test_an_overflow_is_skipped_counted_and_named_and_lowers_the_scale(how):
         state, m = run(state, rows(factor))
         seen.append((float(m["loss_scale"]), int(m["skipped"]), bool(m["was_skipped"]), bool(m["scale_at_minimum"])))
         bad = {k for k, v in m["nonfinite"].items() if v}
-        assert bad == ({"w", "b"} if factor == 100.0 else set())  # 2**14 times 100, over two elements, is no float16
+        # 2**14 times 100, over two elements, is no float16. Inductor does not round w's to it between operators that it fuses.
+        assert bad == (set() if factor != 100.0 else {"b"} if how == "compiled" else {"w", "b"})
         assert torch.equal(state.params[""]["w"], before.params[""]["w"]) == (factor == 100.0)
         if factor != 100.0:
             assert float(m["grad_norm"]) == pytest.approx(factor * 3**0.5)
@@ -233,7 +234,7 @@ def test_raise_raises_what_a_lower_scale_does_not_mend():
     with pytest.raises(fds.NonFiniteError, match=r"loss scale of 1; not finite: w, b"):
         step(state, large)
     step, state = line(fds.DynamicLossScale(), on_nonfinite="raise")
-    with pytest.raises(fds.NonFiniteError, match="loss -?inf"):
+    with pytest.raises(fds.NonFiniteError, match=r"loss -?inf"):
         step(state, rows(float("inf")))
     step, state = line(4.0, transforms=[fds.cast("float16")], on_nonfinite="raise")
     with pytest.raises(fds.NonFiniteError, match="loss scale of 4"):
