@@ -10,6 +10,7 @@ from fds.inference.engine import default_inference_config, init_inference
 from fds.inference.generate import generate
 from fds.initial import init_params
 from fds.lora import fuse_lora, lora
+from fds.loss_scale import DynamicLossScale
 from fds.offload import FileStore, HostStore, StoreError, offload
 from fds.precision import cast, freeze
 from fds.program import Lens, Program
@@ -23,6 +24,7 @@ from fds.transform import Transform, around, at, chain, relayout, through
 __version__ = "0.1.0"
 
 __all__ = [
+    "DynamicLossScale",
     "FileStore",
     "HostStore",
     "Lens",

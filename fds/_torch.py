@@ -43,11 +43,12 @@ def each_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return torch._foreach_norm(tensors, dtype=torch.float32)
 
 
-def fused_adamw(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], count: Tensor, ok: Tensor, **hyper: float) -> None:  # fmt: skip
-    """AdamW over the given contiguous tensors by torch's one kernel, unless `ok` (0-D bool) is False; `count` from 1."""
+def fused_adam(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], count: Tensor, ok: Tensor, *, decoupled: bool, **hyper: float) -> None:  # fmt: skip
+    """Adam (with decoupled decay AdamW) over the given contiguous tensors by torch's one kernel, unless `ok` (0-D bool) is False; `count` from 1."""
     counts = [count.float()] * len(params)
     flags = {"amsgrad": False, "maximize": False, "grad_scale": None, "found_inf": (~ok).float()}
-    torch._fused_adamw_(params, grads, mu, nu, [], counts, **hyper, **flags)
+    fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    fused(params, grads, mu, nu, [], counts, **hyper, **flags)
 
 
 def fused_sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], ok: Tensor, *, nesterov: bool, **hyper: float) -> None:  # fmt: skip

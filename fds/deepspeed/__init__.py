@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fds.deepspeed.arguments import add_config_arguments
     from fds.deepspeed.config import DeepSpeedConfig
+    from fds.deepspeed.engine import Engine
     from fds.deepspeed.errors import DeepSpeedConfigError, UnsupportedKeyWarning
+    from fds.deepspeed.entry import initialize
 
 _WHERE = {
     "DeepSpeedConfig": "config",
     "DeepSpeedConfigError": "errors",
+    "Engine": "engine",
     "UnsupportedKeyWarning": "errors",
     "add_config_arguments": "arguments",
+    "initialize": "entry",
 }
 
-__all__ = ["DeepSpeedConfig", "DeepSpeedConfigError", "UnsupportedKeyWarning", "add_config_arguments"]
+__all__ = ["DeepSpeedConfig", "DeepSpeedConfigError", "Engine", "UnsupportedKeyWarning", "add_config_arguments", "initialize"]
 
 
 def __getattr__(name: str) -> Any:
