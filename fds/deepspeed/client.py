@@ -159,7 +159,7 @@ def of_torch(optimizer: torch.optim.Optimizer, model: nn.Module, *, apart: bool)
         if name == "Adam":
             modes: dict[str, Any] = {"FusedAdam": getattr(optimizer, "adam_w_mode", 1), "DeepSpeedCPUAdam": getattr(optimizer, "adam_w_mode", True)}  # fmt: skip
             decoupled = bool(group.get("decoupled_weight_decay", modes.get(kind, False)))
-            own["adam_w_mode"] = decoupled or own.get("weight_decay", 0.0) == 0.0 and not apart
+            own["adam_w_mode"] = decoupled or (own.get("weight_decay", 0.0) == 0.0 and not apart)
         found.append((leaves, own))
     found = [(leaves, own) for leaves, own in found if leaves]
     if not apart and all(own == found[0][1] for _, own in found):
