@@ -12,7 +12,7 @@ from torch import nn
 
 from fds.deepspeed.client import Group, groups_of
 from fds.deepspeed.errors import DeepSpeedConfigError
-from fds.deepspeed.methods import rule
+from fds.deepspeed.methods import is_one_bit, rule
 from fds.deepspeed.modules import checkpoints_itself
 from fds.deepspeed.recipe import Call, Line, Name, Recipe, Reference
 
@@ -110,7 +110,10 @@ class _Plan:
         found = [Call("fds.at", name, Call("fds.freeze")) for name in self.frozen]
         if self.tp > 1:
             found.append(Call("fds.tensor_parallel", Name("mesh", ("tp",))))
-        found += self.layout({"groups": Name("groups")} if len(groups) > 1 else {})
+        alone = any(is_one_bit(g.type) for g in groups)  # it talks to the other ranks itself
+        if alone and self.stage:
+            raise _error("optimizer.type", groups[0].type, f"it sends momenta in place of gradients, and stage {self.stage} sends gradients; use stage 0")  # fmt: skip
+        found += self.layout({"groups": Name("groups")} if len(groups) > 1 else {}, alone)
         if self.config.torch_autocast.enabled:
             found.append(Call("modules.autocast", self.config.torch_autocast.dtype or "bfloat16"))
         param = self.zero.offload_param
@@ -122,13 +125,15 @@ class _Plan:
             found.append(Call("fds.offload", self.store(param, "zero_optimization.offload_param"), **own))
         return found + self.recompute()
 
-    def layout(self, groups: Mapping[str, Any]) -> list[Call]:
+    def layout(self, groups: Mapping[str, Any], alone: bool) -> list[Call]:
         """How parameters are stored, and the dtype that is computed in: outside of `shard`, the wire carries it."""
         if self.stage in (1, 2):
             stored = {"stored": True} if self.masters else {}
             return [Call("fds.cast", self.low, **stored)] if self.low else []
         cast = [Call("fds.cast", self.low)] if self.low else []
         reduce = {"reduce": "sum"} if str(self.config.gradient_allreduce_op).lower() == "sum" else {}
+        if alone:
+            return cast
         if self.stage == 0:
             move = [Call("fds.replicate", _DP, **reduce)]
             wide = self.wire() != self.low or not self.low
@@ -194,7 +199,7 @@ class _Plan:
         return Call("fds.optim.grouped", {g.name: self.placed(g) for g in groups}, Name("groups"))
 
     def placed(self, group: Group) -> Call:
-        tx = rule(group.type, group.params, group.schedule)
+        tx = rule(group.type, group.params, group.schedule, _DP)
         clip = float(self.config.gradient_clipping)
         if clip > 0:
             tx = Call("fds.optim.chain", Call("fds.optim.clip_by_global_norm", clip), tx)

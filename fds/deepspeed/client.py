@@ -156,6 +156,8 @@ def of_torch(optimizer: torch.optim.Optimizer, model: nn.Module, *, apart: bool)
             if group.get(key, False):
                 raise ValueError(f"initialize: {kind}({key}={group[key]!r}) has no rule like it in fds; leave {key} out")
         own = {k: _plain(group[k]) for k in settings if k in group}
+        if "bias_correction" in own:
+            own["bias_correction"] = bool(own["bias_correction"])
         if name == "Adam":
             modes: dict[str, Any] = {"FusedAdam": getattr(optimizer, "adam_w_mode", 1), "DeepSpeedCPUAdam": getattr(optimizer, "adam_w_mode", True)}  # fmt: skip
             decoupled = bool(group.get("decoupled_weight_decay", modes.get(kind, False)))
