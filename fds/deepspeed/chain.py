@@ -14,7 +14,7 @@ from fds.deepspeed.client import Group, groups_of
 from fds.deepspeed.errors import DeepSpeedConfigError
 from fds.deepspeed.methods import is_one_bit, rule
 from fds.deepspeed.modules import checkpoints_itself
-from fds.deepspeed.recipe import Call, Line, Name, Recipe, Reference
+from fds.deepspeed.recipe import Call, Line, Name, Recipe, Reference, value
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _DP = Name("mesh", ("dp",))
@@ -43,6 +43,7 @@ class _Plan:
     own: Sequence[Group] | None
     frozen: tuple[str, ...]
     stores: dict[str, Line] = attrs.field(factory=dict[str, Line])
+    policies: dict[str, Line] = attrs.field(factory=dict[str, Line])  # by group
 
     def written(self, key: str) -> bool:
         """Whether a key was in the configuration, by its path."""
@@ -74,6 +75,7 @@ class _Plan:
         lines.append(Line(("transform",), Call("fds.chain", *chain), "first = innermost"))
         lines.append(Line(("program",), Call("transform", Name("program"))))
         if tx is not None:
+            lines += self.policies.values()
             lines.append(Line(("tx",), tx))
             lines.append(Line(("step",), Call("fds.train_step", Name("program"), Name("tx"), **self.step())))
             if self.config.compile.deepcompile:
@@ -199,7 +201,10 @@ class _Plan:
         return Call("fds.optim.grouped", {g.name: self.placed(g) for g in groups}, Name("groups"))
 
     def placed(self, group: Group) -> Call:
-        tx = rule(group.type, group.params, group.schedule, _DP)
+        policy = None if group.schedule is None else self.policies.setdefault(group.name, Line((self.named("schedule"),), group.schedule))
+        made = None if group.schedule is None else value(group.schedule, {})
+        moved = {} if made is None else {"momentum": made.momentum is not None, "b2": made.b2}
+        tx = rule(group.type, group.params, None if policy is None else Name(policy.names[0]), _DP, **moved)
         clip = float(self.config.gradient_clipping)
         if clip > 0:
             tx = Call("fds.optim.chain", Call("fds.optim.clip_by_global_norm", clip), tx)
@@ -214,6 +219,9 @@ class _Plan:
             # Handles of parameters are only known to a streamed optimizer; its state stays in host memory.
             tx = Call("fds.optim.streamed", tx, self.keep("host", Call("fds.HostStore")))
         return Call("fds.optim.sharded", tx, _DP) if self.stage in (1, 2) else tx
+
+    def named(self, what: str) -> str:
+        return f"{what}{len(self.policies) or ''}"
 
     def store(self, section: Any, key: str) -> Name:
         if section.device == "cpu":

@@ -64,16 +64,9 @@ def groups_of(config: Any, model: nn.Module, parameters: Any = None) -> list[Gro
 
 
 def schedule_of(config: Any, params: Mapping[str, Any]) -> Call | None:
-    """The call that makes a configuration's schedule, for a group with these parameters; None for none, and for those of torch."""
+    """The call that makes a configuration's schedules, for a group with these parameters; None where it has none."""
     name = config.scheduler.type
-    if not name or not is_own_schedule(name):
-        return None
-    return Call("schedules.build", name, dict(config.scheduler.params or {}), params.get("lr", 1e-3))
-
-
-def is_own_schedule(name: str) -> bool:
-    """Whether a schedule is one of DeepSpeed's, by its name; others are torch's."""
-    return name in ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    return Call("schedules.build", name, dict(config.scheduler.params or {}), params.get("lr", 1e-3)) if name else None
 
 
 def _by_settings(parameters: Any) -> list[tuple[dict[str, Any], list[Tensor]]]:

@@ -77,7 +77,7 @@ def initialize(
     log_dist("the configuration is this program:\n" + plan.source(), ranks=[0])
     built = plan.build(model=model)
     front = _front(made, groups)
-    schedules = [None if g.schedule is None else value(g.schedule, {}) for g in groups]
+    schedules = [None if g.schedule is None else value(g.schedule, {}).learning_rate for g in groups]
     engine = Engine(model, found, built, recipe=plan, optimizer=front, schedules=schedules, client=made, collate=collate_fn)  # fmt: skip
     engine.lr_scheduler = _scheduler(lr_scheduler, front, made, found, groups, engine)
     if training_data is not None:
@@ -182,12 +182,7 @@ def _scheduler(given: Any, front: EngineOptimizer | None, made: Any, config: Any
                 raise ValueError("initialize: lr_scheduler belongs to another optimizer than the one that is given")
             return given
         return given(made if made is not None else front)
-    if not name:
-        return None
-    if clients.is_own_schedule(name):
-        return EngineScheduler(front, lambda: engine.global_steps - engine.skipped_steps)
-    engine._client = front
-    return getattr(torch.optim.lr_scheduler, name)(front, **dict(config.scheduler.params or {}))
+    return EngineScheduler(front, lambda: engine.global_steps - engine.skipped_steps) if name else None
 
 
 def _release(made: torch.optim.Optimizer) -> None:

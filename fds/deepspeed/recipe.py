@@ -26,15 +26,16 @@ class Name:
 
     name: str
     items: tuple[str, ...] = ()
+    attribute: str = ""
 
     def source(self) -> str:
-        return self.name + "".join(f'["{i}"]' for i in self.items)
+        return self.name + "".join(f'["{i}"]' for i in self.items) + (f".{self.attribute}" if self.attribute else "")
 
     def value(self, names: Mapping[str, Any]) -> Any:
         found = names[self.name]
         for i in self.items:
             found = found[i]
-        return found
+        return getattr(found, self.attribute) if self.attribute else found
 
 
 @attrs.frozen
