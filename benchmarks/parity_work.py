@@ -113,7 +113,9 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
     torch.set_num_threads(1)
     deepspeed = importlib.import_module(library)
-    if library == "deepspeed" and "fp16" in names:  # it asks for instructions that make float16 fast, and refuses to be slow
+    if (
+        library == "deepspeed" and "fp16" in names
+    ):  # it asks for instructions that make float16 fast, and refuses to be slow
         type(deepspeed.get_accelerator()).is_fp16_supported = lambda self: True
     deepspeed.init_distributed("gloo")
     for case in names:

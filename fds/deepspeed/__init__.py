@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from fds.deepspeed.arguments import add_config_arguments
     from fds.deepspeed.config import DeepSpeedConfig
     from fds.deepspeed.engine import Engine
-    from fds.deepspeed.errors import DeepSpeedConfigError, UnsupportedKeyWarning
     from fds.deepspeed.entry import initialize
+    from fds.deepspeed.errors import DeepSpeedConfigError, UnsupportedKeyWarning
 
 _WHERE = {
     "DeepSpeedConfig": "config",

@@ -1,7 +1,7 @@
 """What a configuration means: the chain of transformations, the optimizer and the train step, as a program that prints.
 
-    print(recipe(config, model).source())          # runnable Python
-    step = recipe(config, model).build(model=model)["step"]
+print(recipe(config, model).source())          # runnable Python
+step = recipe(config, model).build(model=model)["step"]
 """
 
 from collections.abc import Mapping, Sequence
@@ -123,7 +123,11 @@ class _Plan:
             if self.stage != 3:
                 raise _error("zero_optimization.offload_param.device", param.device, f"stage {self.stage} keeps parameters; use stage 3")  # fmt: skip
             own = {"groups": Name("groups")} if len(groups) > 1 else {}
-            own |= {"window": int(param.buffer_count)} if self.written("zero_optimization.offload_param.buffer_count") else {}
+            own |= (
+                {"window": int(param.buffer_count)}
+                if self.written("zero_optimization.offload_param.buffer_count")
+                else {}
+            )
             found.append(Call("fds.offload", self.store(param, "zero_optimization.offload_param"), **own))
         return found + self.recompute()
 
@@ -201,7 +205,11 @@ class _Plan:
         return Call("fds.optim.grouped", {g.name: self.placed(g) for g in groups}, Name("groups"))
 
     def placed(self, group: Group) -> Call:
-        policy = None if group.schedule is None else self.policies.setdefault(group.name, Line((self.named("schedule"),), group.schedule))
+        policy = (
+            None
+            if group.schedule is None
+            else self.policies.setdefault(group.name, Line((self.named("schedule"),), group.schedule))
+        )
         made = None if group.schedule is None else value(group.schedule, {})
         moved = {} if made is None else {"momentum": made.momentum is not None, "b2": made.b2}
         tx = rule(group.type, group.params, None if policy is None else Name(policy.names[0]), _DP, **moved)

@@ -147,14 +147,16 @@ def of_torch(optimizer: torch.optim.Optimizer, model: nn.Module, *, apart: bool)
     for group, leaves in zip(optimizer.param_groups, named, strict=True):
         for key in (*_OFF, *_ZERO):
             if group.get(key, False):
-                raise ValueError(f"initialize: {kind}({key}={group[key]!r}) has no rule like it in fds; leave {key} out")
+                raise ValueError(
+                    f"initialize: {kind}({key}={group[key]!r}) has no rule like it in fds; leave {key} out"
+                )
         own = {k: _plain(group[k]) for k in settings if k in group}
         if "bias_correction" in own:
             own["bias_correction"] = bool(own["bias_correction"])
         if name == "Adam":
             modes: dict[str, Any] = {"FusedAdam": getattr(optimizer, "adam_w_mode", 1), "DeepSpeedCPUAdam": getattr(optimizer, "adam_w_mode", True)}  # fmt: skip
             decoupled = bool(group.get("decoupled_weight_decay", modes.get(kind, False)))
-            own["adam_w_mode"] = decoupled or own.get("weight_decay", 0.0) == 0.0 and not apart
+            own["adam_w_mode"] = decoupled or (own.get("weight_decay", 0.0) == 0.0 and not apart)
         found.append((leaves, own))
     found = [(leaves, own) for leaves, own in found if leaves]
     if not apart and all(own == found[0][1] for _, own in found):

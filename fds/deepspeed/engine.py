@@ -192,7 +192,11 @@ class Engine:
         if not self._since:
             raise ValueError(f"{what}: no engine(batch) since the last step; call the engine first, outside of torch.no_grad(), then {what}")  # fmt: skip
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
-            got = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            got = (
+                f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}"
+                if isinstance(loss, Tensor)
+                else type(loss).__name__
+            )
             raise ValueError(f"{what}: loss is {got}, required a 0-D floating tensor; reduce it, as with .mean()")
         if not loss.requires_grad:
             raise ValueError(f"{what}: the loss has no graph: it was detached, or computed under torch.no_grad()")
@@ -296,7 +300,9 @@ class Engine:
 
     def _trained(self, what: str) -> TrainStep:
         if self._built is None:
-            raise ValueError(f"{what}: this engine has no optimizer; give initialize one, or name it in the configuration")
+            raise ValueError(
+                f"{what}: this engine has no optimizer; give initialize one, or name it in the configuration"
+            )
         return self._built
 
     @contextmanager
@@ -322,7 +328,9 @@ class Engine:
         if self._inside_no_sync:
             raise ValueError("no_sync: inside of no_sync() already")
         if self.zero_optimization_stage() == 3:
-            raise ValueError("no_sync: stage 3 keeps 1/n of the gradients, so that every backward reduces; use stage 0, 1 or 2")
+            raise ValueError(
+                "no_sync: stage 3 keeps 1/n of the gradients, so that every backward reduces; use stage 0, 1 or 2"
+            )
         self._inside_no_sync = True
         try:
             yield
@@ -410,7 +418,10 @@ class Engine:
         module = self._module()
         if module is None:
             module = self._own = saving.materialized(self.program, self.state.params).train(self._training)
-            self._module, self._modes = weakref.ref(module), [m.training for m in module.modules()] if not self._switched else []
+            self._module, self._modes = (
+                weakref.ref(module),
+                [m.training for m in module.modules()] if not self._switched else [],
+            )
             self._fresh = self.state
         if self._fresh is not self.state:
             saving.write_into(module, self.program, self.state.params)

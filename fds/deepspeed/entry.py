@@ -73,7 +73,9 @@ def initialize(
         groups = clients.of_torch(made, model, apart=lr_scheduler is not None or bool(found.scheduler.type))
     groups = [_scheduled(g, None if lr_scheduler is not None else found) for g in groups]
     frozen = clients.left_out(groups, model) if groups else []
-    plan = recipe(found, model, groups=groups, frozen=clients.patterns(frozen, clients.trainable(model)) if frozen else ())
+    plan = recipe(
+        found, model, groups=groups, frozen=clients.patterns(frozen, clients.trainable(model)) if frozen else ()
+    )
     log_dist("the configuration is this program:\n" + plan.source(), ranks=[0])
     built = plan.build(model=model)
     front = _front(made, groups)
@@ -98,7 +100,9 @@ def _start(port: int, required: bool | None, args: Any) -> None:
 
     running = dist.is_available() and dist.is_initialized()
     if required is False and not running:
-        raise ValueError("initialize: dist_init_required=False, and no process group is running; start one, or leave it out")
+        raise ValueError(
+            "initialize: dist_init_required=False, and no process group is running; start one, or leave it out"
+        )
     local = getattr(args, "local_rank", None)
     if local is not None and int(local) >= 0 and int(os.environ.get("LOCAL_RANK", local)) != int(local):
         raise ValueError(f"initialize: args.local_rank is {local}, and LOCAL_RANK is {os.environ['LOCAL_RANK']}; start with torchrun, which sets both")  # fmt: skip

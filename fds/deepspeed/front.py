@@ -48,7 +48,10 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def groups_for(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Groups of torch's form for those of a configuration."""
-    return [{"params": [nn.Parameter(torch.empty(0))], **_tuples(complete(g.type, g.params)), "name": g.name} for g in groups]
+    return [
+        {"params": [nn.Parameter(torch.empty(0))], **_tuples(complete(g.type, g.params)), "name": g.name}
+        for g in groups
+    ]
 
 
 def _tuples(params: Mapping[str, Any]) -> dict[str, Any]:

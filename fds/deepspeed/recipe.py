@@ -146,7 +146,13 @@ class Recipe:
         used = [_MODULES[m].rpartition(".") for m in _MODULES if re.search(rf"(?<![.\w]){m}\.", text)]
         packages = {p: sorted(m for q, _, m in used if q == p) for p, _, _ in used}
         torch = "import torch\n\n" if re.search(r"(?<![.\w])torch\.", text) else ""
-        return torch + "import fds\n" + "".join(f"from {p} import {', '.join(m)}\n" for p, m in packages.items()) + "\n" + text
+        return (
+            torch
+            + "import fds\n"
+            + "".join(f"from {p} import {', '.join(m)}\n" for p, m in packages.items())
+            + "\n"
+            + text
+        )
 
     def build(self, **given: Any) -> dict[str, Any]:
         """The values of all lines, by name."""

@@ -149,7 +149,7 @@ FROZEN = ("embed_tokens", "layers.0.mlp")
 
 def client(stage, folder, away=None):
     zero = {"stage": stage, **({"offload_optimizer": {"device": away}, "offload_param": {"device": away}} if away else {})}  # fmt: skip
-    engine, front, scheduler, model = made(
+    engine, front, scheduler, _model = made(
         config(**{ZERO: zero}), folder, groups=by_decay, schedule=falling, frozen=FROZEN
     )
     losses = drive(engine)
@@ -168,7 +168,7 @@ def test_a_client_optimizer_with_groups_a_scheduler_and_frozen_leaves(stage, awa
 
 def test_a_leaf_in_no_group_is_frozen():
     only = lambda model: [p for k, p in model.named_parameters() if "layers.1" in k]  # noqa: E731
-    want, weights = reference(groups=only)
+    want, _weights = reference(groups=only)
     engine, *_ = made(config(), groups=only)
     assert 'fds.at("lm_head.weight", fds.freeze())' in engine.recipe.source()
     assert drive(engine) == pytest.approx(want, abs=2e-5)
@@ -252,7 +252,7 @@ def saved(folder, stage):
 
 
 def resumed(folder, stage):
-    engine, front, scheduler, _ = made(config(**{ZERO: {"stage": stage}}), groups=by_decay, schedule=falling)
+    engine, _front, _scheduler, _ = made(config(**{ZERO: {"stage": stage}}), groups=by_decay, schedule=falling)
     path, client_state = engine.load_checkpoint(folder)
     assert path.endswith("global_step2") and client_state == {"note": [1, "two"]}
     assert engine.global_samples == 2 * ROWS
@@ -304,7 +304,7 @@ def test_save_16bit_model_gathers(tmp_path):
 
 
 def test_fp16_skips_lowers_the_scale_and_goes_on():
-    engine, _, scheduler, _ = made(config(fp16={"enabled": True, "initial_scale_power": 32, "hysteresis": 1}, scheduler={"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}}))  # fmt: skip
+    engine, _, _scheduler, _ = made(config(fp16={"enabled": True, "initial_scale_power": 32, "hysteresis": 1}, scheduler={"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}}))  # fmt: skip
     ids = rows(0)
     seen = []
     for _ in range(24):

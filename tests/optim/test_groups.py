@@ -124,7 +124,10 @@ def test_errors_name_the_group():
 
 def test_scheduled_momentum_is_torchs_with_its_groups_changed():
     w = torch.ones(3, requires_grad=True)
-    tx, p = optim.scheduled(optim.sgd(0.1, momentum=0.9), momentum=lambda n: 0.9 / (1 + n.double())), {"w": torch.ones(3)}
+    tx, p = (
+        optim.scheduled(optim.sgd(0.1, momentum=0.9), momentum=lambda n: 0.9 / (1 + n.double())),
+        {"w": torch.ones(3)},
+    )
     theirs, state = torch.optim.SGD([w], 0.1, momentum=0.9), tx.init(p)
     for i in range(4):
         theirs.param_groups[0]["momentum"] = 0.9 / (1 + i)
