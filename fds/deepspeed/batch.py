@@ -35,11 +35,11 @@ def closed(train: int | None, micro: int | None, steps: int | None, ranks: int) 
     if micro is None:
         steps = steps or 1
         if train % (steps * ranks):
-            raise _open(f"train_batch_size {train} does not divide by {_product('gradient_accumulation_steps', steps, ranks)}", train, steps * ranks)  # fmt: skip
+            raise _open(train, KEYS[2], steps, ranks)
         return Batch(train, train // (steps * ranks), steps)
     if steps is None:
         if train % (micro * ranks):
-            raise _open(f"train_batch_size {train} does not divide by {_product('train_micro_batch_size_per_gpu', micro, ranks)}", train, micro * ranks)  # fmt: skip
+            raise _open(train, KEYS[1], micro, ranks)
         return Batch(train, micro, train // (micro * ranks))
     if train != micro * steps * ranks:
         raise DeepSpeedConfigError(
@@ -49,11 +49,10 @@ def closed(train: int | None, micro: int | None, steps: int | None, ranks: int) 
     return Batch(train, micro, steps)
 
 
-def _product(key: str, value: int, ranks: int) -> str:
-    return f"{key} {value} x {ranks} data-parallel rank{'s' * (ranks > 1)} = {value * ranks}"
-
-
-def _open(what: str, train: int, unit: int) -> DeepSpeedConfigError:
-    near = [n for n in (train // unit * unit, -(-train // unit) * unit) if n]
-    legal = " or ".join(map(str, near))
-    return DeepSpeedConfigError(f"{what}; nearest legal train_batch_size: {legal}", KEYS)
+def _open(train: int, key: str, value: int, ranks: int) -> DeepSpeedConfigError:
+    unit = value * ranks
+    legal = " or ".join(str(n) for n in (train // unit * unit, -(-train // unit) * unit) if n)
+    return DeepSpeedConfigError(
+        f"train_batch_size {train} does not divide by {key} {value} x {ranks} data-parallel rank{'s' * (ranks > 1)} = {unit}; nearest legal train_batch_size: {legal}",
+        (KEYS[0], key),
+    )
