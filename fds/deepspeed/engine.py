@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from fds import tree
 from fds.compiling import compile as compiled
 from fds.deepspeed import batches, saving
+from fds.deepspeed.answers import Answers
+from fds.deepspeed.data import Curriculum
 from fds.deepspeed.front import EngineOptimizer, Hyperparameters
 from fds.deepspeed.logging import log_dist
 from fds.deepspeed.monitor import Monitor
@@ -24,11 +27,12 @@ from fds.grad import NO_HOOKS
 from fds.lowering import lowered
 from fds.program import Axis, Program
 from fds.randomness import fold
+from fds.sharding import CommsLogger
 from fds.train import TrainState, TrainStep, apply_gradients, block_of, mean_over, scaled_by
 from fds.tree import Stored
 
 
-class Engine:
+class Engine(Answers):
     """See `fds.initialize`.
 
     ``engine(batch)`` is the model's output, to be followed by autograd; ``engine.backward(loss)`` adds gradients up; ``engine.step()`` updates at the
@@ -63,6 +67,10 @@ class Engine:
         self.monitor = Monitor.of(config)
         self.timers = Timers() if config.wall_clock_breakdown else None
         self.throughput = Throughput(self.train_batch_size()) if config.timers.throughput.enabled else None
+        self.comms_logger = CommsLogger(**_section(config.comms_logger))
+        self.comms_logger.start()  # nothing, unless it is enabled
+        course = config.curriculum_learning
+        self._curriculum = Curriculum.of(_section(course)) if course.enabled else None
         self._forget()
         self._show()
 
@@ -123,6 +131,10 @@ class Engine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output. Under `torch.no_grad` nothing is kept for backward."""
+        if self._curriculum is not None and self.training:
+            args, kwargs = batches.arguments(
+                self._curriculum.shorten(batches.named(args, kwargs), self.global_steps + 1)
+            )
         with self._timed("fwd"):
             program, grad = self._called(), torch.is_grad_enabled() and self._built is not None
             stored = self._leaves() if grad else self._present()
@@ -364,6 +376,8 @@ class Engine:
 
     def _whole(self, found: list[Any]) -> Tensor:
         whole = batches.joined(found)
+        if self._curriculum is not None:
+            whole = self._curriculum.shorten(whole, self.global_steps + 1)
         self._forget()
         with self._timed("step"):
             self.state, self.metrics = self.step_function(self._pushed(), whole)
@@ -455,91 +469,9 @@ class Engine:
 
         return generate(self, input_ids, attention_mask, **options)
 
-    # --- numbers ---
-
-    def get_global_grad_norm(self) -> float | None:
-        """The norm of the last step's gradients before clipping, over all ranks; None before the first step."""
-        return float(self.metrics["grad_norm"]) if self.metrics else None
-
-    def get_lr(self) -> list[float]:
-        """The learning rate of the next update, by group."""
-        if self.optimizer is None:
-            raise ValueError("get_lr: this engine has no optimizer")
-        return [float(g["lr"]) for g in self.optimizer.param_groups]
-
-    def get_mom(self) -> list[Any]:
-        """Momentum (SGD) or betas, by group."""
-        if self.optimizer is None:
-            raise ValueError("get_mom: this engine has no optimizer")
-        return [g.get("betas", g.get("momentum")) for g in self.optimizer.param_groups]
-
-    def was_step_applied(self) -> bool:
-        """Whether the last `step` changed parameters: it was at a boundary, and everything was finite."""
-        return self._applied
-
-    def loss_scale(self) -> float:
-        """What losses are multiplied by now; 1 without fp16."""
-        scale = self._built.scale(self.state) if self._built is not None else None
-        return 1.0 if scale is None else float(scale)
-
-    @property
-    def cur_scale(self) -> float:
-        return self.loss_scale()
-
-    def train_batch_size(self) -> int:
-        """Rows of a step, over all ranks."""
-        return int(self.config.train_batch_size)
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Rows of a rank's microbatch."""
-        return int(self.config.train_micro_batch_size_per_gpu)
-
-    def gradient_accumulation_steps(self) -> int:
-        """Microbatches of a step."""
-        return int(self.config.gradient_accumulation_steps)
-
-    def gradient_clipping(self) -> float:
-        return float(self.config.gradient_clipping)
-
-    def zero_optimization_stage(self) -> int:
-        return int(self.config.zero_optimization.stage)
-
-    def zero_optimization(self) -> bool:
-        return self.zero_optimization_stage() > 0
-
-    def fp16_enabled(self) -> bool:
-        return bool(self.config.fp16.enabled)
-
-    def bfloat16_enabled(self) -> bool:
-        return bool(self.config.bf16.enabled)
-
-    @property
-    def device(self) -> torch.device:
-        """Where calls run."""
-        from fds.offload import compute_device
-
-        return compute_device()
-
-    @property
-    def local_rank(self) -> int:
-        import os
-
-        return int(os.environ.get("LOCAL_RANK", "0"))
-
-    @property
-    def global_rank(self) -> int:
-        from fds.files import rank
-
-        return rank()
-
-    @property
-    def world_size(self) -> int:
-        from fds.files import ranks
-
-        return ranks()
-
     def destroy(self) -> None:
         """Close monitors, and let go of what is held."""
+        self.comms_logger.stop()
         self.monitor.close()
         self._forget()
 
@@ -569,6 +501,12 @@ class WithLowered:
 
     def __exit__(self, *error: Any) -> None:
         self.mode.__exit__(*error)
+
+
+def _section(section: Any) -> dict[str, Any]:
+    """A section of the configuration as plain values: what is not given is left out."""
+    found = attrs.asdict(section)
+    return {k: {n: x for n, x in v.items() if x is not None} if isinstance(v, dict) else v for k, v in found.items() if v is not None}  # fmt: skip
 
 
 def _gradient(x: Tensor) -> Tensor:

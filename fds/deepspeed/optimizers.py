@@ -178,7 +178,7 @@ def _adam(p: _Given) -> Rule:
     if p.name == "AdamW" and not decoupled:
         raise p.refuse("adam_w_mode", "and type AdamW has decoupled decay in any case; use type Adam for the decay of L2 regularisation")  # fmt: skip
     decay = p["weight_decay"]
-    if "torch_adam" in p and p["torch_adam"]:
+    if p.get("torch_adam"):
         decay = decay if "weight_decay" in p or not decoupled else 0.01  # the default of torch.optim.AdamW
         if "bias_correction" in p:
             raise p.refuse("bias_correction", "and torch_adam, which has no such parameter; leave one of them out")
