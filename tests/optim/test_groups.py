@@ -40,8 +40,9 @@ def loss(program, stored, batch):
 
 def in_torch():
     model = build()
-    plain = [p for k, p in model.named_parameters() if k.endswith("bias") or ".1." in k]
-    rest = [p for k, p in model.named_parameters() if not (k.endswith("bias") or ".1." in k)]
+    norm = lambda k: k.endswith("bias") or (k.startswith("blocks") and k.split(".")[2] == "1")  # noqa: E731
+    plain = [p for k, p in model.named_parameters() if norm(k)]
+    rest = [p for k, p in model.named_parameters() if not norm(k)]
     both = [torch.optim.SGD(plain, 0.5), torch.optim.AdamW(rest, 0.05, weight_decay=0.1)]
     for i in range(STEPS):
         model(rows(i)).square().mean().backward()
