@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from fds import tree
-from fds.optim.base import Axis, Member, Norm, Optimizer, check_like
+from fds.optim.base import Axis, Member, Norm, Optimizer, by_name, check_like, refilled
 from fds.sharding import collectives
 from fds.sharding.zero import pieces
 
@@ -16,7 +15,7 @@ def owners(sizes: list[int], ranks: int) -> list[list[int]]:
     """The numbers of each rank's leaves, ascending: the largest first, each to the rank that has the least so far.
 
     >>> owners([5, 1, 1, 4], 2)
-    [[0, 1], [2, 3]]
+    [[0, 2], [1, 3]]
     """
     found: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -32,7 +31,7 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
 
     def reduce(grads: Any) -> dict[str, Tensor]:
         plans = _plans(grads, axis)
-        leaves = optree.tree_leaves(grads)
+        leaves = [leaf for _, leaf in by_name(grads)]
         return {k: _scattered(leaves, plan, axis, bucket_bytes) for k, plan in plans.items()}
 
     def init(params: Any) -> Any:
@@ -43,14 +42,10 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
         plans = _plans(params, axis)
         check_shards(grads, {k: (p.size,) for k, p in plans.items()})
         mine = _own(params, plans, axis)
-        leaves = optree.tree_leaves(params)
-        parts: list[Any] = [()] * len(leaves)
+        leaves, parts = by_name(params), dict[str, Tensor]()
         for k, plan in plans.items():
-            own = plan.owners[axis.rank]
-            sizes = [leaves[i].numel() for i in own]
-            for i, part in zip(own, grads[k].split([*sizes, plan.size - sum(sizes)]), strict=False):
-                parts[i] = part.view(leaves[i].shape)
-        given = optree.tree_unflatten(optree.tree_structure(params), parts)
+            parts |= _cut(grads[k], [leaves[i] for i in plan.owners[axis.rank]])
+        given = refilled(params, parts)
 
         def known(g: Any) -> Tensor:
             return norm(grads if g is given else _buffers(g, params, plans, axis))
@@ -63,15 +58,11 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
 
     def gathered(new: Any, params: Any) -> Any:
         """The whole tree, of each rank's own leaves."""
-        leaves, spec = optree.tree_flatten(params)
-        plans = _plans(params, axis)
+        plans, leaves, found = _plans(params, axis), by_name(params), dict[str, Tensor]()
         for k, flat in _buffers(new, params, plans, axis).items():
-            rows = _gathered(flat, axis, bucket_bytes)
-            for row, own in zip(rows, plans[k].owners, strict=True):
-                sizes = [leaves[i].numel() for i in own]
-                for i, part in zip(own, row.split([*sizes, plans[k].size - sum(sizes)]), strict=False):
-                    leaves[i] = part.view(leaves[i].shape)
-        return optree.tree_unflatten(spec, leaves)
+            for row, own in zip(_gathered(flat, axis, bucket_bytes).unbind(), plans[k].owners, strict=True):
+                found |= _cut(row, [leaves[i] for i in own])
+        return refilled(params, found)
 
     def update(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm = norm_over) -> tuple[Any, Any]:
         given, mine, known = inner(grads, params, norm)
@@ -101,7 +92,7 @@ class _Plan:
 def _plans(params: Any, axis: Axis) -> dict[str, _Plan]:
     """By dtype; `params` may be parts (`fds.layout.Part`)."""
     groups: dict[str, tuple[list[int], list[int]]] = {}
-    for i, leaf in enumerate(optree.tree_leaves(params)):
+    for i, (_, leaf) in enumerate(by_name(params)):
         numbers, sizes = groups.setdefault(str(leaf.dtype).removeprefix("torch."), ([], []))
         numbers.append(i)
         sizes.append((leaf if isinstance(leaf, Tensor) else leaf.held).numel())
@@ -110,20 +101,24 @@ def _plans(params: Any, axis: Axis) -> dict[str, _Plan]:
 
 def _own(params: Any, plans: dict[str, _Plan], axis: Axis) -> Any:
     """The tree with nothing, ``()``, in place of other ranks' leaves."""
-    leaves, spec = optree.tree_flatten(params)
     mine = {i for plan in plans.values() for i in plan.owners[axis.rank]}
-    return optree.tree_unflatten(spec, [leaf if i in mine else () for i, leaf in enumerate(leaves)])
+    return refilled(params, {name: leaf for i, (name, leaf) in enumerate(by_name(params)) if i in mine})
+
+
+def _cut(flat: Tensor, like: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Views of a buffer by name; what is behind them is padding."""
+    sizes = [leaf.numel() for _, leaf in like]
+    parts = flat.split([*sizes, flat.numel() - sum(sizes)])
+    return {name: part.view(leaf.shape) for (name, leaf), part in zip(like, parts, strict=False)}
 
 
 def _buffers(own: Any, params: Any, plans: dict[str, _Plan], axis: Axis) -> dict[str, Tensor]:
     """This rank's leaves, a buffer for each dtype of the parameters."""
-    mine = sorted(i for plan in plans.values() for i in plan.owners[axis.rank])
-    found = dict(zip(mine, tree.leaves(own), strict=True))
-    leaves = optree.tree_leaves(params)
+    found, leaves = dict(by_name(own)), by_name(params)
     out: dict[str, Tensor] = {}
     for k, plan in plans.items():
-        parts = [found[i] for i in plan.owners[axis.rank]]
-        like = parts[0] if parts else leaves[plan.owners[0][0]]
+        parts = [found[leaves[i][0]] for i in plan.owners[axis.rank]]
+        like = parts[0] if parts else leaves[plan.owners[0][0]][1]
         out[k] = _run(parts or [like.reshape(-1)[:0]], 0, plan.size)
     return out
 
