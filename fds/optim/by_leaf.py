@@ -1,12 +1,14 @@
 """`sharded` for optimizers that look at leaves as wholes: every rank has the state of some leaves, of each all of it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fds import tree
-from fds.optim.base import Axis, Member, Norm, Optimizer, by_name, check_like, refilled
+from fds._torch import opaque_operator
+from fds.optim.base import Axis, Member, Norm, Optimizer, by_name, check_like, guarded_step, refilled
 from fds.sharding import collectives
 from fds.sharding.zero import pieces
 
@@ -42,7 +44,8 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
         plans = _plans(params, axis)
         check_shards(grads, {k: (p.size,) for k, p in plans.items()})
         mine = _own(params, plans, axis)
-        leaves, parts = by_name(params), dict[str, Tensor]()
+        leaves = by_name(params)
+        parts: dict[str, Tensor] = {}  # not dict[str, Tensor](): Dynamo cannot call that
         for k, plan in plans.items():
             parts |= _cut(grads[k], [leaves[i] for i in plan.owners[axis.rank]])
         given = refilled(params, parts)
@@ -58,7 +61,8 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
 
     def gathered(new: Any, params: Any) -> Any:
         """The whole tree, of each rank's own leaves."""
-        plans, leaves, found = _plans(params, axis), by_name(params), dict[str, Tensor]()
+        plans, leaves = _plans(params, axis), by_name(params)
+        found: dict[str, Tensor] = {}
         for k, flat in _buffers(new, params, plans, axis).items():
             for row, own in zip(_gathered(flat, axis, bucket_bytes).unbind(), plans[k].owners, strict=True):
                 found |= _cut(row, [leaves[i] for i in own])
@@ -69,15 +73,23 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
         updates, state = tx.update(given, state, mine, norm=known)
         return gathered(tree.map(lambda u, p: u.to(p.dtype), updates, mine), params), state
 
-    def step(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any] | None:  # fmt: skip
+    def step(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any]:  # fmt: skip
         given, mine, known = inner(grads, params, norm)
-        done = None if tx.step is None else tx.step(given, state, mine, norm=known, ok=ok, donated=donated)
-        return None if done is None else (gathered(done[0], params), done[1])
+        new, state = guarded_step(tx, given, state, mine, norm=known, ok=ok, donated=donated)
+        if not donated or not all(x.is_contiguous() for x in tree.leaves(params)):
+            return gathered(new, params), state
+        plans, leaves = _plans(params, axis), by_name(params)
+        for k, flat in _buffers(new, params, plans, axis).items():
+            each = [[leaves[i][1] for i in own] for own in plans[k].owners]
+            for a, b in messages(flat.numel(), flat.element_size(), axis, bucket_bytes):
+                message = collectives.gather(flat[a:b], axis).view(axis.size, b - a)
+                _fill([x for own in each for x in own], [len(own) for own in each], message, a)
+        return params, state
 
     def members(params: Any) -> list[Member]:
         return [Member((), "", tx, _own(params, _plans(params, axis), axis))]
 
-    return Optimizer(init, update, reduce, axis, step if tx.step is not None else None, tx.stream, members)
+    return Optimizer(init, update, reduce, axis, step, tx.stream, members)
 
 
 class _Plan:
@@ -152,6 +164,29 @@ def _gathered(flat: Tensor, axis: Axis, bucket_bytes: int) -> Tensor:
         for a, b in messages(flat.numel(), flat.element_size(), axis, bucket_bytes)
     ]
     return torch.cat(parts, 1) if parts else flat.view(1, 0).expand(axis.size, 0)
+
+
+def _fill_rows(leaves: list[Tensor], counts: list[int], message: Tensor, start: int) -> None:
+    """Row r of a message [ranks, width] is what rank r's buffer has from `start` on; the first counts[0] leaves are rank 0's, and so on."""
+    rest = iter(leaves)
+    with torch.no_grad():
+        for row, count in zip(message, counts, strict=True):
+            own = [next(rest) for _ in range(count)]
+            end = min(start + len(row), sum(x.numel() for x in own))  # behind it, padding
+            for piece, values in _aligned(pieces(own, start, end) if start < end else [], row):
+                piece.copy_(values)
+
+
+def _aligned(parts: list[Tensor], row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    at = 0
+    for part in parts:
+        yield part, row[at : at + len(part)]
+        at += len(part)
+
+
+_fill = opaque_operator(
+    "fill_rows", "(Tensor(a!)[] leaves, int[] counts, Tensor message, SymInt start) -> ()", _fill_rows
+)
 
 
 def check_shards(grads: Any, want: dict[str, tuple[int, ...]]) -> None:
