@@ -156,9 +156,9 @@ class _Given:
     def __getitem__(self, key: str) -> Any:
         return self.params.get(key, OPTIMIZERS[self.name][key][0])
 
-    def get(self, key: str) -> Any:
-        """As an item, or None for an optimizer without such a parameter."""
-        return self[key] if key in OPTIMIZERS[self.name] else None
+    def get(self, key: str, default: Any) -> Any:
+        """What was given, or `default`."""
+        return self.params.get(key, default)
 
     def common(self, *more: str, **own: Any) -> dict[str, Any]:
         """learning_rate, the betas and those of `more`, by fds's names."""
