@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from fds import tree
 from fds.compiling import compile as compiled
-from fds.deepspeed import batches, saving
+from fds.deepspeed import batches, saving, watch
 from fds.deepspeed.answers import Answers
 from fds.deepspeed.data import Curriculum
 from fds.deepspeed.front import EngineOptimizer, Hyperparameters
 from fds.deepspeed.logging import log_dist
 from fds.deepspeed.monitor import Monitor
-from fds.deepspeed.timers import Throughput, Timers, breakdown_events, breakdown_line, due, progress_line, step_events
+from fds.deepspeed.timers import Throughput, Timers
 from fds.frame import Frame, scoped, with_updates
 from fds.grad import NO_HOOKS
 from fds.lowering import lowered
@@ -135,6 +135,8 @@ class Engine(Answers):
             args, kwargs = batches.arguments(
                 self._curriculum.shorten(batches.named(args, kwargs), self.global_steps + 1)
             )
+        if self.config.flops_profiler.enabled and self.global_steps == self.config.flops_profiler.profile_step:
+            watch.profiled(self, self._called(), args, kwargs)
         with self._timed("fwd"):
             program, grad = self._called(), torch.is_grad_enabled() and self._built is not None
             stored = self._leaves() if grad else self._present()
@@ -273,32 +275,16 @@ class Engine(Answers):
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         if skipped:
-            bad = [k for k, x in self.metrics["nonfinite"].items() if bool(x)]
-            scale = f", loss scale {float(self.metrics['loss_scale']):g}" if "loss_scale" in self.metrics else ""
-            log_dist(f"step {self.global_steps} was skipped: not finite: {', '.join(bad[:3]) or 'the loss'}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}{scale}", ranks=[0])  # fmt: skip
+            log_dist(watch.skipped_line(self), ranks=[0])
         elif self._client is not None and self.lr_scheduler is not None:
             self._client._opt_called = True  # torch's scheduler asks whether the optimizer was stepped
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self._show()
-        self._report()
+        watch.reported(self)
 
     def _show(self) -> None:
         if self._hyper is not None:
             self._hyper.show(self.global_steps - self.skipped_steps)
-
-    def _report(self) -> None:
-        rate = self.throughput.step() if self.throughput is not None else None
-        if due(self.global_steps, self.config.steps_per_print):
-            line = progress_line(self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom())
-            line += "" if rate is None else f", samples/s={rate:.2f}"
-            line += f", {saving.memory_line()}" if self.config.memory_breakdown else ""
-            log_dist(line, ranks=[0])
-        times = self.timers.milliseconds() if self.timers is not None else {}
-        if times:
-            log_dist(breakdown_line(times), ranks=[0])
-        if self.monitor.enabled:
-            scale = float(self.metrics["loss_scale"]) if "loss_scale" in self.metrics else None
-            self.monitor.write_events([*step_events(float(self.metrics["loss"]), self.get_lr()[0], self.global_samples, scale), *breakdown_events(times, self.global_samples)])  # fmt: skip
 
     def zero_grad(self) -> None:
         """Drop the gradients since the last step."""
