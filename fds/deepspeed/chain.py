@@ -80,6 +80,10 @@ class _Plan:
             lines.append(Line(("step",), Call("fds.train_step", Name("program"), Name("tx"), **self.step())))
             if self.config.compile.deepcompile:
                 lines.append(Line(("step",), Call("fds.compile", Name("step")), "one graph"))
+        hybrid = self.config.hybrid_engine
+        if hybrid.enabled:
+            names = ("max_out_tokens", "inference_tp_size", "release_inference_cache", "pin_parameters", "tp_gather_partition_size")  # fmt: skip
+            lines.append(Line(("serving",), Call("fds.inference.hybrid", Name("program"), **{k: getattr(hybrid, k) for k in names})))  # fmt: skip
         return Recipe(tuple(lines))
 
     # --- parameters ---
@@ -108,6 +112,11 @@ class _Plan:
             raise _error("tensor_parallel.autotp_size", self.tp, "no tensor parallelism together with mics_shard_size or zero_hpz_partition_size; leave one of them out")  # fmt: skip
         return max(hpz, mics, 1)
 
+    @property
+    def secondary(self) -> bool:
+        """Whether a node keeps a copy of its own (hpZ)."""
+        return self.stage == 3 and int(self.zero.zero_hpz_partition_size) > 1
+
     def chain(self, groups: Sequence[Group]) -> list[Call]:
         found = [Call("fds.at", name, Call("fds.freeze")) for name in self.frozen]
         if self.tp > 1:
@@ -129,7 +138,7 @@ class _Plan:
                 else {}
             )
             found.append(Call("fds.offload", self.store(param, "zero_optimization.offload_param"), **own))
-        return found + self.recompute()
+        return found if self.secondary else found + self.recompute()
 
     def layout(self, groups: Mapping[str, Any], alone: bool) -> list[Call]:
         """How parameters are stored, and the dtype that is computed in: outside of `shard`, the wire carries it."""
@@ -166,8 +175,10 @@ class _Plan:
         inner = Call("fds.shard", Name("mesh", ("local",)), **options)
         if int(self.zero.mics_shard_size) > 1:
             return [inner, *wire, Call("fds.replicate", Name("mesh", ("node",)))]
+        # What is gathered over the nodes is kept for backward, which gathers it again inside of the node alone.
         outer = {k: v for k, v in options.items() if k != "threshold"}
-        return [inner, Call("fds.shard", Name("mesh", ("node",)), **outer), *wire]
+        again = self.recompute() or [Call("fds.checkpoint", "matmul")]
+        return [inner, *again, Call("fds.shard", Name("mesh", ("node",)), **outer), *wire]
 
     def wire(self) -> str | None:
         """The dtype of gradients between ranks, if it was said."""

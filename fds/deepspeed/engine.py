@@ -48,8 +48,8 @@ class Engine(Answers):
         self.config, self.recipe = config, recipe
         self.training_dataloader, self._collate = loader, collate
         self.optimizer, self.lr_scheduler, self._client = optimizer, lr_scheduler, client
-        self._built: TrainStep | None = built.get("step")
-        self.step_function: Any = self._built
+        self.step_function: Any = built.get("step")
+        self._built: TrainStep | None = getattr(self.step_function, "step", self.step_function)
         self._programs: dict[bool | None, Program] = {None: built["program"]}
         self._module = weakref.ref(model)
         self._modes = [m.training for m in model.modules()]
@@ -62,8 +62,7 @@ class Engine(Answers):
         self._boundary: bool | None = None
         self._inside_no_sync = False
         self._fresh: TrainState | None = None  # the state that the module's weights are of
-        self._hybrid: Any = None
-        self._hybrid_enabled = bool(config.hybrid_engine.enabled)
+        self._hybrid: Any = built.get("serving")
         self.monitor = Monitor.of(config)
         self.timers = Timers() if config.wall_clock_breakdown else None
         self.throughput = Throughput(self.train_batch_size()) if config.timers.throughput.enabled else None
