@@ -82,7 +82,7 @@ def _by_settings(parameters: Any) -> list[tuple[dict[str, Any], list[Tensor]]]:
         elif isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], Tensor):  # pyright: ignore[reportUnknownArgumentType]
             plain.append(p[1])  # pyright: ignore[reportUnknownArgumentType]
         else:
-            plain.append(p)
+            plain.append(p)  # pyright: ignore[reportArgumentType]  # `_names` says what is no parameter
     return [*found, *([({}, plain)] if plain else [])]
 
 

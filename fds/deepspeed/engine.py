@@ -261,10 +261,10 @@ class Engine(Answers):
         self._forget()
 
     def _pushed(self) -> TrainState:
-        """The state with the hyperparameters that the client's optimizer has now."""
-        if self._hyper is None:
-            return self.state
-        return self.state._replace(optimizer=self._hyper.push(self.state.optimizer))
+        """The state, with the hyperparameters that the client's optimizer has now."""
+        if self._hyper is not None:
+            self.state = self.state._replace(optimizer=self._hyper.push(self.state.optimizer))
+        return self.state
 
     def _after(self, lr_kwargs: Any = None) -> None:
         """What follows an update: counters, the client's scheduler, lines and events."""

@@ -104,7 +104,7 @@ def _start(port: int, required: bool | None, args: Any) -> None:
             "initialize: dist_init_required=False, and no process group is running; start one, or leave it out"
         )
     local = getattr(args, "local_rank", None)
-    if local is not None and int(local) >= 0 and int(os.environ.get("LOCAL_RANK", local)) != int(local):
+    if local is not None and int(local) >= 0 and int(os.environ.get("LOCAL_RANK", str(local))) != int(local):
         raise ValueError(f"initialize: args.local_rank is {local}, and LOCAL_RANK is {os.environ['LOCAL_RANK']}; start with torchrun, which sets both")  # fmt: skip
     if not running and world_size() > 1:
         init_distributed(distributed_port=port, verbose=False)

@@ -28,7 +28,7 @@ def without_checkpointing(module: nn.Module) -> nn.Module:
     made = shallow(module)
     for m in made.modules():
         if getattr(m, "gradient_checkpointing", False):
-            m.gradient_checkpointing = False
+            m.__dict__["gradient_checkpointing"] = False  # a plain attribute, which a class may also declare
     return made
 
 

@@ -53,7 +53,7 @@ def scheduled(tx: Optimizer, **schedules: Schedule) -> Optimizer:
 
 
 def _is_rule(x: Any) -> bool:
-    return isinstance(x, tuple) and {"hyper", "updates"} <= set(getattr(x, "_fields", ()))
+    return {"hyper", "updates"} <= set(getattr(x, "_fields", ()))
 
 
 def _names(state: Any) -> Mapping[str, Any]:
