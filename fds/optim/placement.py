@@ -14,7 +14,7 @@ from fds.sharding import collectives
 from fds.sharding.zero import pieces, shard_boxes, shard_of
 
 
-def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25) -> Optimizer:
+def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25, sum_dtype: torch.dtype | None = None) -> Optimizer:  # fmt: skip
     """Keep 1/n of the state on each of the n ranks, for parameters that every rank holds whole (ZeRO-1; with the reduced gradients, ZeRO-2).
 
     Gradients come in local to the rank (of its own mean loss) and are reduce-scattered to their mean, one flat shard per dtype; the rank
@@ -23,19 +23,24 @@ def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25) -> Optimize
 
     `bucket_bytes`: of a message, and so of the copy of gradients or parameters that a step makes for the wire.
 
+    `sum_dtype`: gradients of fewer bits cross the wire, and are summed, in it, as float32 for parameters of bfloat16; `tx` gets the sums as they
+    are. Default: in their own.
+
     Law: the size of buckets changes no bit. What a rank holds does not depend on it.
 
     Raises `ValueError` for a `tx` that is sharded already, and for gradients that did not go through `reduce`.
     """
     if bucket_bytes < 1:
         raise ValueError(f"sharded: bucket_bytes={bucket_bytes!r}, required a number of bytes >= 1")
+    if sum_dtype is not None and not sum_dtype.is_floating_point:
+        raise ValueError(f"sharded: sum_dtype={sum_dtype!r}, required a floating dtype, as torch.float32")
     if tx.axis is not None:
         raise ValueError(
             "sharded: the optimizer inside is sharded already; shard it once, outermost: sharded(tx, axis)"
         )
 
     def reduce(grads: Any) -> dict[str, Tensor]:
-        return {k: _scattered(leaves, axis, bucket_bytes) for k, leaves in _by_dtype(grads).items()}
+        return {k: _scattered(leaves, axis, bucket_bytes, sum_dtype) for k, leaves in _by_dtype(grads).items()}
 
     def own(params: Any) -> dict[str, Tensor]:
         return {k: shard_of(leaves, axis) for k, leaves in _by_dtype(params).items()}
@@ -109,13 +114,15 @@ def _buckets(size: int, itemsize: int, axis: Axis, bucket_bytes: int) -> list[tu
     return [(a, min(a + width, size)) for a in range(0, size, width)]
 
 
-def _scattered(leaves: list[Tensor], axis: Axis, bucket_bytes: int) -> Tensor:
+def _scattered(leaves: list[Tensor], axis: Axis, bucket_bytes: int, sum_dtype: torch.dtype | None) -> Tensor:
     """This rank's 1/n of the mean over ranks of the concatenation of `leaves`. Their whole concatenation never exists."""
     size = -(-sum(t.numel() for t in leaves) // axis.size)
-    parts = [leaves[0].new_empty(0)]
-    for a, b in _buckets(size, leaves[0].element_size(), axis, bucket_bytes):
+    own = leaves[0].dtype
+    wire = own if sum_dtype is None or sum_dtype.itemsize <= own.itemsize else sum_dtype
+    parts = [leaves[0].new_empty(0, dtype=wire)]
+    for a, b in _buckets(size, wire.itemsize, axis, bucket_bytes):
         message = torch.cat([p for r in range(axis.size) for p in pieces(leaves, r * size + a, r * size + b)])
-        parts.append(collectives.scatter(message, axis, reduce="mean"))
+        parts.append(collectives.scatter(message.to(wire), axis, reduce="mean"))
     return parts[-1] if len(parts) < 3 else torch.cat(parts)
 
 
