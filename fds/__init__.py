@@ -14,7 +14,7 @@ from fds.initial import init_params
 from fds.lora import fuse_lora, lora
 from fds.loss_scale import DynamicLossScale
 from fds.offload import FileStore, HostStore, StoreError, offload
-from fds.precision import cast, freeze
+from fds.precision import autocast, cast, freeze
 from fds.program import Lens, Program
 from fds.quantize import quantize_frozen
 from fds.remat import checkpoint
@@ -48,6 +48,7 @@ __all__ = [
     "add_config_arguments",
     "around",
     "at",
+    "autocast",
     "cast",
     "chain",
     "checkpoint",
