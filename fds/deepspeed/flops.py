@@ -37,15 +37,18 @@ class Cost:
 
 
 # Operators on floating tensors that compute nothing.
-_MOVES = frozenset("""
-    clone copy copy_ _to_copy fill fill_ zero zero_ zeros ones full empty rand randn normal_ uniform_ bernoulli bernoulli_ exponential_ random_ arange linspace
-    zeros_like ones_like full_like empty_like rand_like randn_like new_empty new_zeros new_ones new_full empty_strided new_empty_strided scalar_tensor
-    cat stack index index_put index_put_ _index_put_impl_ _unsafe_index index_select index_copy index_copy_ gather scatter scatter_ select_scatter slice_scatter
-    slice_backward select_backward embedding where masked_fill masked_fill_ constant_pad_nd reflection_pad2d roll repeat flip tril triu sort topk unbind_copy
-    _unsafe_view _reshape_alias lift_fresh lift_fresh_copy detach detach_ resize_ set_ unfold_backward one_hot _local_scalar_dense item pixel_shuffle
-    im2col col2im max_pool2d_with_indices max_pool2d_with_indices_backward upsample_nearest2d upsample_nearest2d_backward _assert_async split_with_sizes_copy
-    _pin_memory is_pinned record_stream t_ transpose_ squeeze_ unsqueeze_ alias_copy as_strided_ as_strided_scatter diagonal_scatter max_unpool2d nan_to_num
-""".split())  # fmt: skip
+_MOVES = frozenset([
+    "clone", "copy", "copy_", "_to_copy", "fill", "fill_", "zero", "zero_", "zeros", "ones", "full", "empty", "rand", "randn", "normal_", "uniform_",
+    "bernoulli", "bernoulli_", "exponential_", "random_", "arange", "linspace", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
+    "randn_like", "new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided", "scalar_tensor", "cat", "stack", "index",
+    "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "index_select", "index_copy", "index_copy_", "gather", "scatter", "scatter_",
+    "select_scatter", "slice_scatter", "slice_backward", "select_backward", "embedding", "where", "masked_fill", "masked_fill_", "constant_pad_nd",
+    "reflection_pad2d", "roll", "repeat", "flip", "tril", "triu", "sort", "topk", "unbind_copy", "_unsafe_view", "_reshape_alias", "lift_fresh",
+    "lift_fresh_copy", "detach", "detach_", "resize_", "set_", "unfold_backward", "one_hot", "_local_scalar_dense", "item", "pixel_shuffle", "im2col",
+    "col2im", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "upsample_nearest2d", "upsample_nearest2d_backward", "_assert_async",
+    "split_with_sizes_copy", "_pin_memory", "is_pinned", "record_stream", "t_", "transpose_", "squeeze_", "unsqueeze_", "alias_copy", "as_strided_",
+    "as_strided_scatter", "diagonal_scatter", "max_unpool2d", "nan_to_num",
+])  # fmt: skip
 
 
 def _attends(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:

@@ -298,7 +298,7 @@ def get_model_profile(
     Raises `ValueError` for a model that is none, an unknown mode, and inputs that are missing or given twice.
 
     >>> get_model_profile(torch.nn.Linear(8, 4), (2, 8), print_profile=False, as_string=False)
-    (136, 64, 36)
+    (128, 64, 36)
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"get_model_profile: model is {type(model).__name__}, required a torch.nn.Module")
