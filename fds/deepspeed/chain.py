@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
 from fds.deepspeed.client import Group, groups_of
@@ -126,7 +127,7 @@ class _Plan:
             raise _error("optimizer.type", groups[0].type, f"it sends momenta in place of gradients, and stage {self.stage} sends gradients; use stage 0")  # fmt: skip
         found += self.layout({"groups": Name("groups")} if len(groups) > 1 else {}, alone)
         if self.config.torch_autocast.enabled:
-            found.append(Call("modules.autocast", self.config.torch_autocast.dtype or "bfloat16"))
+            found.append(Call("fds.autocast", _named(self.config.torch_autocast.dtype or "bfloat16")))
         param = self.zero.offload_param
         if param.device != "none":
             if self.stage != 3:
@@ -191,7 +192,7 @@ class _Plan:
     @property
     def masters(self) -> bool:
         """Whether parameters are stored in the dtype that is computed in, with float32 copies in the optimizer's shards."""
-        wide = self.config.data_types.grad_accum_dtype == "fp32" or self.wire() == "float32"
+        wide = self.config.data_types.grad_accum_dtype == "fp32"
         return self.stage in (1, 2) and self.low == "bfloat16" and not wide
 
     def recompute(self) -> list[Call]:
@@ -237,7 +238,10 @@ class _Plan:
         elif self.zero.offload_param.device != "none":
             # Handles of parameters are only known to a streamed optimizer; its state stays in host memory.
             tx = Call("fds.optim.streamed", tx, self.keep("host", Call("fds.HostStore")))
-        return Call("fds.optim.sharded", tx, _DP) if self.stage in (1, 2) else tx
+        if self.stage not in (1, 2):
+            return tx
+        summed = {"sum_dtype": torch.float32} if self.masters and self.wire() == "float32" else {}
+        return Call("fds.optim.sharded", tx, _DP, **summed)
 
     def named(self, what: str) -> str:
         return f"{what}{len(self.policies) or ''}"
@@ -281,6 +285,12 @@ class _Plan:
                 consecutive_hysteresis=fp16.consecutive_hysteresis, minimum=float(fp16.min_loss_scale),
             )  # fmt: skip
         return options
+
+
+def _named(dtype: str) -> str:
+    """A dtype by torch's name."""
+    name = dtype.removeprefix("torch.")
+    return {"half": "float16", "float": "float32", **_DTYPES}.get(name, name)
 
 
 def _error(key: str, value: Any, why: str) -> DeepSpeedConfigError:

@@ -464,6 +464,50 @@ def test_training_data_is_the_third_result_and_goes_on(tmp_path):
     assert [float(again.train_batch()) for _ in range(3)] == want
 
 
+def test_what_it_says_and_measures(tmp_path, capfd):
+    """Lines, events, a profile, and a curriculum, as the configuration asks for them."""
+    course = {"enabled": True, "curriculum_type": "seqlen", "min_difficulty": 4, "max_difficulty": 12, "schedule_type": "fixed_linear", "schedule_config": {"total_curriculum_step": 2, "difficulty_step": 4}}  # fmt: skip
+    given = config(
+        steps_per_print=1, wall_clock_breakdown=True, memory_breakdown=True, dump_state=True, curriculum_learning=course,
+        csv_monitor={"enabled": True, "output_path": str(tmp_path), "job_name": "job"},
+        flops_profiler={"enabled": True, "profile_step": 1, "output_file": str(tmp_path / "flops.txt")},
+    )  # fmt: skip
+    engine, *_ = made(given)
+    seen = [engine(input_ids=rows(0), labels=rows(0)).logits.shape[1]]
+    drive(engine, 2)
+    seen.append(engine(input_ids=rows(0), labels=rows(0)).logits.shape[1])
+    engine.eval()
+    assert [*seen, engine(input_ids=rows(0)).logits.shape[1]] == [8, 12, 12]
+    engine.destroy()
+    said = capfd.readouterr().out
+    assert "step=2, skipped=0, lr=[0.01]" in said and "memory now" in said and "time (ms) | fwd:" in said
+    assert (tmp_path / "job" / "Train_Samples_train_loss.csv").read_text().startswith("step,train_loss\n8,")
+    text = (tmp_path / "flops.txt").read_text()
+    assert "backward" in text and "LlamaDecoderLayer" in text
+
+
+@pytest.mark.parametrize("case, stage", [("zero1", 3), ("universal3", 1)])
+def test_a_run_of_deepspeeds_goes_on(case, stage, tmp_path):
+    import tarfile
+
+    import deepspeed_fixture as theirs
+
+    with tarfile.open(theirs.ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    given = {"train_batch_size": 4, "gradient_clipping": 0, "optimizer": {"type": "AdamW", "params": theirs.ADAM}, ZERO: {"stage": stage}}  # fmt: skip
+    engine, *_ = fds.deepspeed.initialize(model=theirs.build().train(), config=given)
+    path, state = engine.load_checkpoint(tmp_path / case)
+    assert path is not None and state == {} and engine.global_steps == theirs.BEFORE
+    losses = []
+    for i in range(theirs.BEFORE, theirs.BEFORE + theirs.AFTER):
+        ids = theirs.rows(i)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        losses.append(float(engine.metrics["loss"]))
+    want = json.loads((tmp_path / {"universal3": "zero3"}.get(case, case) / "losses.json").read_text())
+    assert losses == pytest.approx(want[theirs.BEFORE :], rel=1e-5)
+
+
 def test_generate_is_that_of_the_weights():
     engine, *_ = made(config(hybrid_engine={"enabled": True, "max_out_tokens": 20}))
     drive(engine, 1)
