@@ -47,7 +47,7 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     model.gradient_checkpointing_enable()
 
-    engine, optimizer, loader, scheduler = deepspeed.initialize(
+    engine, _optimizer, loader, _scheduler = deepspeed.initialize(
         args=args, model=model, model_parameters=model.parameters(), training_data=Sums()
     )
     _, client_state = engine.load_checkpoint(args.checkpoints)

@@ -96,6 +96,7 @@ HOST = fds.HostStore()
 PLACES = {  # where parameters, gradients and state are: transformations, optimizer
     "plain": lambda a: ([fds.cast("float16")], descent()),
     "checkpoint": lambda a: ([fds.cast("float16"), fds.checkpoint()], descent()),
+    "autocast": lambda a: ([fds.checkpoint(), fds.autocast("float16")], descent()),
     "shard": lambda a: ([fds.shard(a), fds.cast("float16")], descent()),
     "sharded": lambda a: ([fds.cast("float16")], optim.sharded(descent(), a)),
     "master": lambda a: ([fds.cast("float16", stored=True)], optim.with_master(descent())),

@@ -22,7 +22,14 @@ _WHERE = {
     "initialize": "entry",
 }
 
-__all__ = ["DeepSpeedConfig", "DeepSpeedConfigError", "Engine", "UnsupportedKeyWarning", "add_config_arguments", "initialize"]
+__all__ = [
+    "DeepSpeedConfig",
+    "DeepSpeedConfigError",
+    "Engine",
+    "UnsupportedKeyWarning",
+    "add_config_arguments",
+    "initialize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,15 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (batch,), {}
 
 
+def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call as one mapping; the inverse of `arguments`.
+
+    >>> named((1,), {"x": 2})
+    {'argument 0': 1, 'x': 2}
+    """
+    return {f"{_POSITION}{i}": x for i, x in enumerate(args)} | dict(kwargs)
+
+
 def joined(batches: Sequence[Any]) -> dict[str, Tensor]:
     """Microbatches as one batch of a train step, their rows one behind the other.
 
@@ -34,10 +43,7 @@ def joined(batches: Sequence[Any]) -> dict[str, Tensor]:
     >>> joined([(torch.zeros(2, 3),), (torch.zeros(2, 3),)])["argument 0"].shape
     torch.Size([4, 3])
     """
-    parts: list[dict[str, Any]] = []
-    for batch in batches:
-        args, kwargs = arguments(batch)
-        parts.append({f"{_POSITION}{i}": x for i, x in enumerate(args)} | kwargs)
+    parts = [named(*arguments(batch)) for batch in batches]
     for part in parts:
         for k, x in part.items():
             if not isinstance(x, Tensor) or x.dim() == 0:
@@ -97,4 +103,4 @@ def count(batches: Any, n: int, what: str) -> list[Any]:
     return found
 
 
-__all__ = ["arguments", "count", "joined", "loss_in", "model_loss"]
+__all__ = ["arguments", "count", "joined", "loss_in", "model_loss", "named"]

@@ -1,20 +1,21 @@
 """What a configuration means: the chain of transformations, the optimizer and the train step, as a program that prints.
 
-    print(recipe(config, model).source())          # runnable Python
-    step = recipe(config, model).build(model=model)["step"]
+print(recipe(config, model).source())          # runnable Python
+step = recipe(config, model).build(model=model)["step"]
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
 from fds.deepspeed.client import Group, groups_of
 from fds.deepspeed.errors import DeepSpeedConfigError
-from fds.deepspeed.methods import rule
+from fds.deepspeed.methods import is_one_bit, rule
 from fds.deepspeed.modules import checkpoints_itself
-from fds.deepspeed.recipe import Call, Line, Name, Recipe, Reference
+from fds.deepspeed.recipe import Call, Line, Name, Recipe, Reference, value
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _DP = Name("mesh", ("dp",))
@@ -43,6 +44,7 @@ class _Plan:
     own: Sequence[Group] | None
     frozen: tuple[str, ...]
     stores: dict[str, Line] = attrs.field(factory=dict[str, Line])
+    policies: dict[str, Line] = attrs.field(factory=dict[str, Line])  # by group
 
     def written(self, key: str) -> bool:
         """Whether a key was in the configuration, by its path."""
@@ -74,10 +76,15 @@ class _Plan:
         lines.append(Line(("transform",), Call("fds.chain", *chain), "first = innermost"))
         lines.append(Line(("program",), Call("transform", Name("program"))))
         if tx is not None:
+            lines += self.policies.values()
             lines.append(Line(("tx",), tx))
             lines.append(Line(("step",), Call("fds.train_step", Name("program"), Name("tx"), **self.step())))
             if self.config.compile.deepcompile:
                 lines.append(Line(("step",), Call("fds.compile", Name("step")), "one graph"))
+        hybrid = self.config.hybrid_engine
+        if hybrid.enabled:
+            names = ("max_out_tokens", "inference_tp_size", "release_inference_cache", "pin_parameters", "tp_gather_partition_size")  # fmt: skip
+            lines.append(Line(("serving",), Call("fds.inference.hybrid", Name("program"), **{k: getattr(hybrid, k) for k in names})))  # fmt: skip
         return Recipe(tuple(lines))
 
     # --- parameters ---
@@ -106,29 +113,43 @@ class _Plan:
             raise _error("tensor_parallel.autotp_size", self.tp, "no tensor parallelism together with mics_shard_size or zero_hpz_partition_size; leave one of them out")  # fmt: skip
         return max(hpz, mics, 1)
 
+    @property
+    def secondary(self) -> bool:
+        """Whether a node keeps a copy of its own (hpZ)."""
+        return self.stage == 3 and int(self.zero.zero_hpz_partition_size) > 1
+
     def chain(self, groups: Sequence[Group]) -> list[Call]:
         found = [Call("fds.at", name, Call("fds.freeze")) for name in self.frozen]
         if self.tp > 1:
             found.append(Call("fds.tensor_parallel", Name("mesh", ("tp",))))
-        found += self.layout({"groups": Name("groups")} if len(groups) > 1 else {})
+        alone = any(is_one_bit(g.type) for g in groups)  # it talks to the other ranks itself
+        if alone and self.stage:
+            raise _error("optimizer.type", groups[0].type, f"it sends momenta in place of gradients, and stage {self.stage} sends gradients; use stage 0")  # fmt: skip
+        found += self.layout({"groups": Name("groups")} if len(groups) > 1 else {}, alone)
         if self.config.torch_autocast.enabled:
-            found.append(Call("modules.autocast", self.config.torch_autocast.dtype or "bfloat16"))
+            found.append(Call("fds.autocast", _named(self.config.torch_autocast.dtype or "bfloat16")))
         param = self.zero.offload_param
         if param.device != "none":
             if self.stage != 3:
                 raise _error("zero_optimization.offload_param.device", param.device, f"stage {self.stage} keeps parameters; use stage 3")  # fmt: skip
             own = {"groups": Name("groups")} if len(groups) > 1 else {}
-            own |= {"window": int(param.buffer_count)} if self.written("zero_optimization.offload_param.buffer_count") else {}
+            own |= (
+                {"window": int(param.buffer_count)}
+                if self.written("zero_optimization.offload_param.buffer_count")
+                else {}
+            )
             found.append(Call("fds.offload", self.store(param, "zero_optimization.offload_param"), **own))
-        return found + self.recompute()
+        return found if self.secondary else found + self.recompute()
 
-    def layout(self, groups: Mapping[str, Any]) -> list[Call]:
+    def layout(self, groups: Mapping[str, Any], alone: bool) -> list[Call]:
         """How parameters are stored, and the dtype that is computed in: outside of `shard`, the wire carries it."""
         if self.stage in (1, 2):
             stored = {"stored": True} if self.masters else {}
             return [Call("fds.cast", self.low, **stored)] if self.low else []
         cast = [Call("fds.cast", self.low)] if self.low else []
         reduce = {"reduce": "sum"} if str(self.config.gradient_allreduce_op).lower() == "sum" else {}
+        if alone:
+            return cast
         if self.stage == 0:
             move = [Call("fds.replicate", _DP, **reduce)]
             wide = self.wire() != self.low or not self.low
@@ -155,8 +176,10 @@ class _Plan:
         inner = Call("fds.shard", Name("mesh", ("local",)), **options)
         if int(self.zero.mics_shard_size) > 1:
             return [inner, *wire, Call("fds.replicate", Name("mesh", ("node",)))]
+        # What is gathered over the nodes is kept for backward, which gathers it again inside of the node alone.
         outer = {k: v for k, v in options.items() if k != "threshold"}
-        return [inner, Call("fds.shard", Name("mesh", ("node",)), **outer), *wire]
+        again = self.recompute() or [Call("fds.checkpoint", "matmul")]
+        return [inner, *again, Call("fds.shard", Name("mesh", ("node",)), **outer), *wire]
 
     def wire(self) -> str | None:
         """The dtype of gradients between ranks, if it was said."""
@@ -169,7 +192,7 @@ class _Plan:
     @property
     def masters(self) -> bool:
         """Whether parameters are stored in the dtype that is computed in, with float32 copies in the optimizer's shards."""
-        wide = self.config.data_types.grad_accum_dtype == "fp32" or self.wire() == "float32"
+        wide = self.config.data_types.grad_accum_dtype == "fp32"
         return self.stage in (1, 2) and self.low == "bfloat16" and not wide
 
     def recompute(self) -> list[Call]:
@@ -194,7 +217,14 @@ class _Plan:
         return Call("fds.optim.grouped", {g.name: self.placed(g) for g in groups}, Name("groups"))
 
     def placed(self, group: Group) -> Call:
-        tx = rule(group.type, group.params, group.schedule)
+        policy = (
+            None
+            if group.schedule is None
+            else self.policies.setdefault(group.name, Line((self.named("schedule"),), group.schedule))
+        )
+        made = None if group.schedule is None else value(group.schedule, {})
+        moved = {} if made is None else {"momentum": made.momentum is not None, "b2": made.b2}
+        tx = rule(group.type, group.params, None if policy is None else Name(policy.names[0]), _DP, **moved)
         clip = float(self.config.gradient_clipping)
         if clip > 0:
             tx = Call("fds.optim.chain", Call("fds.optim.clip_by_global_norm", clip), tx)
@@ -208,7 +238,13 @@ class _Plan:
         elif self.zero.offload_param.device != "none":
             # Handles of parameters are only known to a streamed optimizer; its state stays in host memory.
             tx = Call("fds.optim.streamed", tx, self.keep("host", Call("fds.HostStore")))
-        return Call("fds.optim.sharded", tx, _DP) if self.stage in (1, 2) else tx
+        if self.stage not in (1, 2):
+            return tx
+        summed = {"sum_dtype": torch.float32} if self.masters and self.wire() == "float32" else {}
+        return Call("fds.optim.sharded", tx, _DP, **summed)
+
+    def named(self, what: str) -> str:
+        return f"{what}{len(self.policies) or ''}"
 
     def store(self, section: Any, key: str) -> Name:
         if section.device == "cpu":
@@ -249,6 +285,12 @@ class _Plan:
                 consecutive_hysteresis=fp16.consecutive_hysteresis, minimum=float(fp16.min_loss_scale),
             )  # fmt: skip
         return options
+
+
+def _named(dtype: str) -> str:
+    """A dtype by torch's name."""
+    name = dtype.removeprefix("torch.")
+    return {"half": "float16", "float": "float32", **_DTYPES}.get(name, name)
 
 
 def _error(key: str, value: Any, why: str) -> DeepSpeedConfigError:

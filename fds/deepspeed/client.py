@@ -64,16 +64,9 @@ def groups_of(config: Any, model: nn.Module, parameters: Any = None) -> list[Gro
 
 
 def schedule_of(config: Any, params: Mapping[str, Any]) -> Call | None:
-    """The call that makes a configuration's schedule, for a group with these parameters; None for none, and for those of torch."""
+    """The call that makes a configuration's schedules, for a group with these parameters; None where it has none."""
     name = config.scheduler.type
-    if not name or not is_own_schedule(name):
-        return None
-    return Call("schedules.build", name, dict(config.scheduler.params or {}), params.get("lr", 1e-3))
-
-
-def is_own_schedule(name: str) -> bool:
-    """Whether a schedule is one of DeepSpeed's, by its name; others are torch's."""
-    return name in ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    return Call("schedules.build", name, dict(config.scheduler.params or {}), params.get("lr", 1e-3)) if name else None
 
 
 def _by_settings(parameters: Any) -> list[tuple[dict[str, Any], list[Tensor]]]:
@@ -89,7 +82,7 @@ def _by_settings(parameters: Any) -> list[tuple[dict[str, Any], list[Tensor]]]:
         elif isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], Tensor):  # pyright: ignore[reportUnknownArgumentType]
             plain.append(p[1])  # pyright: ignore[reportUnknownArgumentType]
         else:
-            plain.append(p)
+            plain.append(p)  # pyright: ignore[reportArgumentType]  # `_names` says what is no parameter
     return [*found, *([({}, plain)] if plain else [])]
 
 
@@ -154,8 +147,12 @@ def of_torch(optimizer: torch.optim.Optimizer, model: nn.Module, *, apart: bool)
     for group, leaves in zip(optimizer.param_groups, named, strict=True):
         for key in (*_OFF, *_ZERO):
             if group.get(key, False):
-                raise ValueError(f"initialize: {kind}({key}={group[key]!r}) has no rule like it in fds; leave {key} out")
+                raise ValueError(
+                    f"initialize: {kind}({key}={group[key]!r}) has no rule like it in fds; leave {key} out"
+                )
         own = {k: _plain(group[k]) for k in settings if k in group}
+        if "bias_correction" in own:
+            own["bias_correction"] = bool(own["bias_correction"])
         if name == "Adam":
             modes: dict[str, Any] = {"FusedAdam": getattr(optimizer, "adam_w_mode", 1), "DeepSpeedCPUAdam": getattr(optimizer, "adam_w_mode", True)}  # fmt: skip
             decoupled = bool(group.get("decoupled_weight_decay", modes.get(kind, False)))

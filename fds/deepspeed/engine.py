@@ -9,26 +9,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from fds import tree
 from fds.compiling import compile as compiled
-from fds.deepspeed import batches, saving
+from fds.deepspeed import batches, saving, watch
+from fds.deepspeed.answers import Answers
+from fds.deepspeed.data import Curriculum
 from fds.deepspeed.front import EngineOptimizer, Hyperparameters
 from fds.deepspeed.logging import log_dist
 from fds.deepspeed.monitor import Monitor
-from fds.deepspeed.timers import Throughput, Timers, breakdown_events, breakdown_line, due, progress_line, step_events
+from fds.deepspeed.timers import Throughput, Timers
 from fds.frame import Frame, scoped, with_updates
 from fds.grad import NO_HOOKS
 from fds.lowering import lowered
 from fds.program import Axis, Program
 from fds.randomness import fold
+from fds.sharding import CommsLogger
 from fds.train import TrainState, TrainStep, apply_gradients, block_of, mean_over, scaled_by
 from fds.tree import Stored
 
 
-class Engine:
+class Engine(Answers):
     """See `fds.initialize`.
 
     ``engine(batch)`` is the model's output, to be followed by autograd; ``engine.backward(loss)`` adds gradients up; ``engine.step()`` updates at the
@@ -44,8 +48,8 @@ class Engine:
         self.config, self.recipe = config, recipe
         self.training_dataloader, self._collate = loader, collate
         self.optimizer, self.lr_scheduler, self._client = optimizer, lr_scheduler, client
-        self._built: TrainStep | None = built.get("step")
-        self.step_function: Any = self._built
+        self.step_function: Any = built.get("step")
+        self._built: TrainStep | None = getattr(self.step_function, "step", self.step_function)
         self._programs: dict[bool | None, Program] = {None: built["program"]}
         self._module = weakref.ref(model)
         self._modes = [m.training for m in model.modules()]
@@ -58,11 +62,14 @@ class Engine:
         self._boundary: bool | None = None
         self._inside_no_sync = False
         self._fresh: TrainState | None = None  # the state that the module's weights are of
-        self._hybrid: Any = None
-        self._hybrid_enabled = bool(config.hybrid_engine.enabled)
+        self._hybrid: Any = built.get("serving")
         self.monitor = Monitor.of(config)
         self.timers = Timers() if config.wall_clock_breakdown else None
         self.throughput = Throughput(self.train_batch_size()) if config.timers.throughput.enabled else None
+        self.comms_logger = CommsLogger(**_section(config.comms_logger))
+        self.comms_logger.start()  # nothing, unless it is enabled
+        course = config.curriculum_learning
+        self._curriculum = Curriculum.of(_section(course)) if course.enabled else None
         self._forget()
         self._show()
 
@@ -123,6 +130,12 @@ class Engine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output. Under `torch.no_grad` nothing is kept for backward."""
+        if self._curriculum is not None and self.training:
+            args, kwargs = batches.arguments(
+                self._curriculum.shorten(batches.named(args, kwargs), self.global_steps + 1)
+            )
+        if self.config.flops_profiler.enabled and self.global_steps == self.config.flops_profiler.profile_step:
+            watch.profiled(self, self._called(), args, kwargs)
         with self._timed("fwd"):
             program, grad = self._called(), torch.is_grad_enabled() and self._built is not None
             stored = self._leaves() if grad else self._present()
@@ -192,7 +205,11 @@ class Engine:
         if not self._since:
             raise ValueError(f"{what}: no engine(batch) since the last step; call the engine first, outside of torch.no_grad(), then {what}")  # fmt: skip
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
-            got = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            got = (
+                f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}"
+                if isinstance(loss, Tensor)
+                else type(loss).__name__
+            )
             raise ValueError(f"{what}: loss is {got}, required a 0-D floating tensor; reduce it, as with .mean()")
         if not loss.requires_grad:
             raise ValueError(f"{what}: the loss has no graph: it was detached, or computed under torch.no_grad()")
@@ -244,10 +261,10 @@ class Engine:
         self._forget()
 
     def _pushed(self) -> TrainState:
-        """The state with the hyperparameters that the client's optimizer has now."""
-        if self._hyper is None:
-            return self.state
-        return self.state._replace(optimizer=self._hyper.push(self.state.optimizer))
+        """The state, with the hyperparameters that the client's optimizer has now."""
+        if self._hyper is not None:
+            self.state = self.state._replace(optimizer=self._hyper.push(self.state.optimizer))
+        return self.state
 
     def _after(self, lr_kwargs: Any = None) -> None:
         """What follows an update: counters, the client's scheduler, lines and events."""
@@ -257,32 +274,16 @@ class Engine:
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         if skipped:
-            bad = [k for k, x in self.metrics["nonfinite"].items() if bool(x)]
-            scale = f", loss scale {float(self.metrics['loss_scale']):g}" if "loss_scale" in self.metrics else ""
-            log_dist(f"step {self.global_steps} was skipped: not finite: {', '.join(bad[:3]) or 'the loss'}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}{scale}", ranks=[0])  # fmt: skip
+            log_dist(watch.skipped_line(self), ranks=[0])
         elif self._client is not None and self.lr_scheduler is not None:
             self._client._opt_called = True  # torch's scheduler asks whether the optimizer was stepped
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self._show()
-        self._report()
+        watch.reported(self)
 
     def _show(self) -> None:
         if self._hyper is not None:
             self._hyper.show(self.global_steps - self.skipped_steps)
-
-    def _report(self) -> None:
-        rate = self.throughput.step() if self.throughput is not None else None
-        if due(self.global_steps, self.config.steps_per_print):
-            line = progress_line(self.global_steps, self.skipped_steps, self.get_lr(), self.get_mom())
-            line += "" if rate is None else f", samples/s={rate:.2f}"
-            line += f", {saving.memory_line()}" if self.config.memory_breakdown else ""
-            log_dist(line, ranks=[0])
-        times = self.timers.milliseconds() if self.timers is not None else {}
-        if times:
-            log_dist(breakdown_line(times), ranks=[0])
-        if self.monitor.enabled:
-            scale = float(self.metrics["loss_scale"]) if "loss_scale" in self.metrics else None
-            self.monitor.write_events([*step_events(float(self.metrics["loss"]), self.get_lr()[0], self.global_samples, scale), *breakdown_events(times, self.global_samples)])  # fmt: skip
 
     def zero_grad(self) -> None:
         """Drop the gradients since the last step."""
@@ -296,7 +297,9 @@ class Engine:
 
     def _trained(self, what: str) -> TrainStep:
         if self._built is None:
-            raise ValueError(f"{what}: this engine has no optimizer; give initialize one, or name it in the configuration")
+            raise ValueError(
+                f"{what}: this engine has no optimizer; give initialize one, or name it in the configuration"
+            )
         return self._built
 
     @contextmanager
@@ -322,7 +325,9 @@ class Engine:
         if self._inside_no_sync:
             raise ValueError("no_sync: inside of no_sync() already")
         if self.zero_optimization_stage() == 3:
-            raise ValueError("no_sync: stage 3 keeps 1/n of the gradients, so that every backward reduces; use stage 0, 1 or 2")
+            raise ValueError(
+                "no_sync: stage 3 keeps 1/n of the gradients, so that every backward reduces; use stage 0, 1 or 2"
+            )
         self._inside_no_sync = True
         try:
             yield
@@ -356,6 +361,8 @@ class Engine:
 
     def _whole(self, found: list[Any]) -> Tensor:
         whole = batches.joined(found)
+        if self._curriculum is not None:
+            whole = self._curriculum.shorten(whole, self.global_steps + 1)
         self._forget()
         with self._timed("step"):
             self.state, self.metrics = self.step_function(self._pushed(), whole)
@@ -410,7 +417,10 @@ class Engine:
         module = self._module()
         if module is None:
             module = self._own = saving.materialized(self.program, self.state.params).train(self._training)
-            self._module, self._modes = weakref.ref(module), [m.training for m in module.modules()] if not self._switched else []
+            self._module, self._modes = (
+                weakref.ref(module),
+                [m.training for m in module.modules()] if not self._switched else [],
+            )
             self._fresh = self.state
         if self._fresh is not self.state:
             saving.write_into(module, self.program, self.state.params)
@@ -444,91 +454,9 @@ class Engine:
 
         return generate(self, input_ids, attention_mask, **options)
 
-    # --- numbers ---
-
-    def get_global_grad_norm(self) -> float | None:
-        """The norm of the last step's gradients before clipping, over all ranks; None before the first step."""
-        return float(self.metrics["grad_norm"]) if self.metrics else None
-
-    def get_lr(self) -> list[float]:
-        """The learning rate of the next update, by group."""
-        if self.optimizer is None:
-            raise ValueError("get_lr: this engine has no optimizer")
-        return [float(g["lr"]) for g in self.optimizer.param_groups]
-
-    def get_mom(self) -> list[Any]:
-        """Momentum (SGD) or betas, by group."""
-        if self.optimizer is None:
-            raise ValueError("get_mom: this engine has no optimizer")
-        return [g.get("betas", g.get("momentum")) for g in self.optimizer.param_groups]
-
-    def was_step_applied(self) -> bool:
-        """Whether the last `step` changed parameters: it was at a boundary, and everything was finite."""
-        return self._applied
-
-    def loss_scale(self) -> float:
-        """What losses are multiplied by now; 1 without fp16."""
-        scale = self._built.scale(self.state) if self._built is not None else None
-        return 1.0 if scale is None else float(scale)
-
-    @property
-    def cur_scale(self) -> float:
-        return self.loss_scale()
-
-    def train_batch_size(self) -> int:
-        """Rows of a step, over all ranks."""
-        return int(self.config.train_batch_size)
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Rows of a rank's microbatch."""
-        return int(self.config.train_micro_batch_size_per_gpu)
-
-    def gradient_accumulation_steps(self) -> int:
-        """Microbatches of a step."""
-        return int(self.config.gradient_accumulation_steps)
-
-    def gradient_clipping(self) -> float:
-        return float(self.config.gradient_clipping)
-
-    def zero_optimization_stage(self) -> int:
-        return int(self.config.zero_optimization.stage)
-
-    def zero_optimization(self) -> bool:
-        return self.zero_optimization_stage() > 0
-
-    def fp16_enabled(self) -> bool:
-        return bool(self.config.fp16.enabled)
-
-    def bfloat16_enabled(self) -> bool:
-        return bool(self.config.bf16.enabled)
-
-    @property
-    def device(self) -> torch.device:
-        """Where calls run."""
-        from fds.offload import compute_device
-
-        return compute_device()
-
-    @property
-    def local_rank(self) -> int:
-        import os
-
-        return int(os.environ.get("LOCAL_RANK", "0"))
-
-    @property
-    def global_rank(self) -> int:
-        from fds.files import rank
-
-        return rank()
-
-    @property
-    def world_size(self) -> int:
-        from fds.files import ranks
-
-        return ranks()
-
     def destroy(self) -> None:
         """Close monitors, and let go of what is held."""
+        self.comms_logger.stop()
         self.monitor.close()
         self._forget()
 
@@ -558,6 +486,12 @@ class WithLowered:
 
     def __exit__(self, *error: Any) -> None:
         self.mode.__exit__(*error)
+
+
+def _section(section: Any) -> dict[str, Any]:
+    """A section of the configuration as plain values: what is not given is left out."""
+    found = attrs.asdict(section)
+    return {k: {n: x for n, x in v.items() if x is not None} if isinstance(v, dict) else v for k, v in found.items() if v is not None}  # fmt: skip
 
 
 def _gradient(x: Tensor) -> Tensor:

@@ -73,11 +73,13 @@ def initialize(
         groups = clients.of_torch(made, model, apart=lr_scheduler is not None or bool(found.scheduler.type))
     groups = [_scheduled(g, None if lr_scheduler is not None else found) for g in groups]
     frozen = clients.left_out(groups, model) if groups else []
-    plan = recipe(found, model, groups=groups, frozen=clients.patterns(frozen, clients.trainable(model)) if frozen else ())
+    plan = recipe(
+        found, model, groups=groups, frozen=clients.patterns(frozen, clients.trainable(model)) if frozen else ()
+    )
     log_dist("the configuration is this program:\n" + plan.source(), ranks=[0])
     built = plan.build(model=model)
     front = _front(made, groups)
-    schedules = [None if g.schedule is None else value(g.schedule, {}) for g in groups]
+    schedules = [None if g.schedule is None else value(g.schedule, {}).learning_rate for g in groups]
     engine = Engine(model, found, built, recipe=plan, optimizer=front, schedules=schedules, client=made, collate=collate_fn)  # fmt: skip
     engine.lr_scheduler = _scheduler(lr_scheduler, front, made, found, groups, engine)
     if training_data is not None:
@@ -98,9 +100,11 @@ def _start(port: int, required: bool | None, args: Any) -> None:
 
     running = dist.is_available() and dist.is_initialized()
     if required is False and not running:
-        raise ValueError("initialize: dist_init_required=False, and no process group is running; start one, or leave it out")
+        raise ValueError(
+            "initialize: dist_init_required=False, and no process group is running; start one, or leave it out"
+        )
     local = getattr(args, "local_rank", None)
-    if local is not None and int(local) >= 0 and int(os.environ.get("LOCAL_RANK", local)) != int(local):
+    if local is not None and int(local) >= 0 and int(os.environ.get("LOCAL_RANK", str(local))) != int(local):
         raise ValueError(f"initialize: args.local_rank is {local}, and LOCAL_RANK is {os.environ['LOCAL_RANK']}; start with torchrun, which sets both")  # fmt: skip
     if not running and world_size() > 1:
         init_distributed(distributed_port=port, verbose=False)
@@ -182,12 +186,7 @@ def _scheduler(given: Any, front: EngineOptimizer | None, made: Any, config: Any
                 raise ValueError("initialize: lr_scheduler belongs to another optimizer than the one that is given")
             return given
         return given(made if made is not None else front)
-    if not name:
-        return None
-    if clients.is_own_schedule(name):
-        return EngineScheduler(front, lambda: engine.global_steps - engine.skipped_steps)
-    engine._client = front
-    return getattr(torch.optim.lr_scheduler, name)(front, **dict(config.scheduler.params or {}))
+    return EngineScheduler(front, lambda: engine.global_steps - engine.skipped_steps) if name else None
 
 
 def _release(made: torch.optim.Optimizer) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fds.deepspeed.client import Group, numbers
+from fds.deepspeed.methods import complete
 from fds.optim import get_hyperparams, set_hyperparams
 
 _BY_ENGINE = "the engine makes the steps: call engine.step(), which steps the {what} too"
@@ -22,7 +23,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         super().__init__([{"params": [nn.Parameter(torch.empty(0))]} for _ in groups], {})
         self.param_groups: list[dict[str, Any]] = list(groups)
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> float:
         raise ValueError(f"optimizer.step(): {_BY_ENGINE.format(what='optimizer')}")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -47,7 +48,10 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def groups_for(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Groups of torch's form for those of a configuration."""
-    return [{"params": [nn.Parameter(torch.empty(0))], "lr": 1e-3, **_tuples(g.params), "name": g.name} for g in groups]
+    return [
+        {"params": [nn.Parameter(torch.empty(0))], **_tuples(complete(g.type, g.params)), "name": g.name}
+        for g in groups
+    ]
 
 
 def _tuples(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,6 +64,7 @@ class Hyperparameters:
     def __init__(self, front: EngineOptimizer, schedules: Sequence[Callable[..., Any] | None]) -> None:
         self.front, self.schedules = front, list(schedules)
         self.pushed: list[dict[str, float]] = [{} for _ in front.param_groups]
+        self.first = [numbers(g) for g in front.param_groups]
         self.shown: list[float | None] = [None for _ in front.param_groups]
 
     def push(self, state: Any) -> Any:
@@ -68,6 +73,9 @@ class Hyperparameters:
         for i, group in enumerate(self.front.param_groups):
             if self.schedules[i] is not None:
                 self._check(i, group)
+            if "muon_lr" in group:  # two rules with numbers of their own: those of the configuration
+                self._check_unchanged(i, group)
+                continue
             own = get_hyperparams(states[i]) if not self.pushed[i] else self.pushed[i]
             wanted = {k: v for k, v in numbers(group).items() if k in own}
             changed = {k: v for k, v in wanted.items() if v != own[k]}
@@ -85,6 +93,10 @@ class Hyperparameters:
     def forget(self) -> None:
         """The state is another one: all numbers are pushed anew."""
         self.pushed = [{} for _ in self.pushed]
+
+    def _check_unchanged(self, i: int, group: Mapping[str, Any]) -> None:
+        if self.schedules[i] is None and numbers(group) != self.first[i]:
+            raise ValueError(f"optimizer.param_groups[{i}]: {numbers(group)}, and Muon's two rules have the numbers of the configuration, {self.first[i]}; give a scheduler there")  # fmt: skip
 
     def _check(self, i: int, group: Mapping[str, Any]) -> None:
         if self.shown[i] is not None and float(group["lr"]) != self.shown[i]:

@@ -19,20 +19,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {"synced_gpus": (True, False, None), "use
 def generate(engine: "Engine", input_ids: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
     """See `Engine.generate`. `ValueError` for an option that is unknown, or that asks for what is not there (beams)."""
     given = _translated(engine, input_ids, options)
-    if engine._hybrid is None:
-        engine._hybrid = hybrid(engine.program, **_settings(engine))
-    if not engine._hybrid_enabled:
-        engine._hybrid.max_out_tokens = max(engine._hybrid.max_out_tokens, input_ids.shape[-1] + given["max_new_tokens"])  # fmt: skip
+    if engine._hybrid is None:  # not configured: nothing is kept from call to call, and no length is too long
+        engine._hybrid = hybrid(engine.program, max_out_tokens=2**31, release_inference_cache=True, pin_parameters=False)  # fmt: skip
     with torch.no_grad():
         return engine._hybrid.generate(engine.state.params, input_ids, attention_mask, **given)
-
-
-def _settings(engine: "Engine") -> dict[str, Any]:
-    section = engine.config.hybrid_engine
-    if not section.enabled:
-        return {"release_inference_cache": True, "pin_parameters": False}
-    names = ("max_out_tokens", "inference_tp_size", "release_inference_cache", "pin_parameters", "tp_gather_partition_size")  # fmt: skip
-    return {k: getattr(section, k) for k in names}
 
 
 def _translated(engine: "Engine", input_ids: Tensor, options: dict[str, Any]) -> dict[str, Any]:

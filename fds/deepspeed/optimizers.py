@@ -156,6 +156,10 @@ class _Given:
     def __getitem__(self, key: str) -> Any:
         return self.params.get(key, OPTIMIZERS[self.name][key][0])
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """What was given, or `default`."""
+        return self.params.get(key, default)
+
     def common(self, *more: str, **own: Any) -> dict[str, Any]:
         """learning_rate, the betas and those of `more`, by fds's names."""
         found: dict[str, Any] = {"learning_rate": self["lr"]}

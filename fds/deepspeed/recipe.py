@@ -26,15 +26,16 @@ class Name:
 
     name: str
     items: tuple[str, ...] = ()
+    attribute: str = ""
 
     def source(self) -> str:
-        return self.name + "".join(f'["{i}"]' for i in self.items)
+        return self.name + "".join(f'["{i}"]' for i in self.items) + (f".{self.attribute}" if self.attribute else "")
 
     def value(self, names: Mapping[str, Any]) -> Any:
         found = names[self.name]
         for i in self.items:
             found = found[i]
-        return found
+        return getattr(found, self.attribute) if self.attribute else found
 
 
 @attrs.frozen
@@ -144,7 +145,14 @@ class Recipe:
         text = "\n".join(line.source() for line in self.lines) + "\n"
         used = [_MODULES[m].rpartition(".") for m in _MODULES if re.search(rf"(?<![.\w]){m}\.", text)]
         packages = {p: sorted(m for q, _, m in used if q == p) for p, _, _ in used}
-        return "import fds\n" + "".join(f"from {p} import {', '.join(m)}\n" for p, m in packages.items()) + "\n" + text
+        torch = "import torch\n\n" if re.search(r"(?<![.\w])torch\.", text) else ""
+        return (
+            torch
+            + "import fds\n"
+            + "".join(f"from {p} import {', '.join(m)}\n" for p, m in packages.items())
+            + "\n"
+            + text
+        )
 
     def build(self, **given: Any) -> dict[str, Any]:
         """The values of all lines, by name."""

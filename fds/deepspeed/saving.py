@@ -222,7 +222,7 @@ def materialized(program: Program, stored: Stored) -> nn.Module:
     return copy.deepcopy(origin.module, memo)
 
 
-# --- data, memory ---
+# --- data ---
 
 
 def loader(engine: "Engine", dataset: Any, *, collate_fn: Any = None, **options: Any) -> Any:
@@ -235,12 +235,4 @@ def loader(engine: "Engine", dataset: Any, *, collate_fn: Any = None, **options:
     return loader_for(dataset, engine.config, collate_fn=collate_fn, **{**place, **options})
 
 
-def memory_line() -> str:
-    """What ``memory_breakdown`` adds to the line of ``steps_per_print``."""
-    from fds.deepspeed.accelerator import get_accelerator
-
-    a = get_accelerator()
-    return f"memory now {a.memory_allocated() / 2**30:.2f} GiB, most {a.max_memory_allocated() / 2**30:.2f} GiB"
-
-
-__all__ = ["load_checkpoint", "loader", "materialized", "memory_line", "save_16bit_model", "save_checkpoint", "state_dict", "weights", "write_into"]  # fmt: skip
+__all__ = ["load_checkpoint", "loader", "materialized", "save_16bit_model", "save_checkpoint", "state_dict", "weights", "write_into"]  # fmt: skip

@@ -36,6 +36,9 @@ LOCK = threading.RLock()
 _HELD: "weakref.WeakValueDictionary[int, Held]" = (
     weakref.WeakValueDictionary()
 )  # by ticket; a window keeps its own alive
+_NAMES: "weakref.WeakKeyDictionary[Any, itertools.count[int]]" = (
+    weakref.WeakKeyDictionary()
+)  # numbers of keys, by store
 _GRADIENTS = 64  # of one tensor that nobody has taken yet
 
 
@@ -133,7 +136,7 @@ class Window:
         self.store, self.ahead = store, ahead
         if isinstance(store, FileStore):
             give_back_freed()
-        self.names = itertools.count()
+        self.names = _NAMES.setdefault(store, itertools.count())  # two windows of a store share its keys
         self._after: dict[tuple[str | None, str | None], str | None] = {}
         self._last: tuple[str | None, str | None] = (None, None)
         self._coming: OrderedDict[str, tuple[Future[Reference], Future[Tensor]]] = OrderedDict()

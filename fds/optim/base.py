@@ -231,9 +231,43 @@ def _shapes(x: Any) -> dict[str, tuple[int, ...]]:
 
 def names(x: Any) -> list[str]:
     """The name of each leaf, in order: that of the leaf alone where it says its site, else its path."""
-    return [
-        tree.qualified(*map(str, path)) if len(path) == 2 else "/".join(map(str, path)) for path in optree.tree_paths(x)
-    ]
+    return [name for name, _ in by_name(x)]
+
+
+def by_name(x: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
+    """The leaves with their names, in optree's order. Plain Python: Dynamo cannot follow optree where subtrees are left out (torch 2.13).
+
+    >>> by_name({"h.0": {"h.0.up": 1, "norm": 2}, "": {"w": [3, 4]}})
+    [('/w/0', 3), ('/w/1', 4), ('h.0.up', 1), ('h.0/norm', 2)]
+    """
+    parts = _parts(x)
+    if parts is None:
+        return [(_name(path), x)]
+    return [leaf for k, v in parts for leaf in by_name(v, (*path, k))]
+
+
+def refilled(x: Any, leaves: Mapping[str, Any], path: tuple[str, ...] = ()) -> Any:
+    """The tree with other leaves, by name; ``()``, nothing, where there is none."""
+    parts = _parts(x)
+    if parts is None:
+        return leaves.get(_name(path), ())
+    if tree.is_mapping(x):
+        return {k: refilled(v, leaves, (*path, str(k))) for k, v in x.items()}
+    new = [refilled(v, leaves, (*path, k)) for k, v in parts]
+    return type(x)(*new) if hasattr(x, "_fields") else type(x)(new)
+
+
+def _parts(x: Any) -> list[tuple[str, Any]] | None:
+    """What is directly below; None for a leaf."""
+    if tree.is_mapping(x):
+        return [(str(k), x[k]) for k in sorted(x)]
+    if isinstance(x, list | tuple):
+        return [(str(i), v) for i, v in enumerate(x)]
+    return [] if x is None else None
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return tree.qualified(*path) if len(path) == 2 else "/".join(path)
 
 
 def get_hyperparams(state: Any) -> dict[str, float]:

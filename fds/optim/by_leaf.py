@@ -1,13 +1,14 @@
 """`sharded` for optimizers that look at leaves as wholes: every rank has the state of some leaves, of each all of it."""
 
+from collections.abc import Iterator
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from fds import tree
-from fds.optim.base import Axis, Member, Norm, Optimizer, check_like
+from fds._torch import opaque_operator
+from fds.optim.base import Axis, Member, Norm, Optimizer, by_name, check_like, guarded_step, refilled
 from fds.sharding import collectives
 from fds.sharding.zero import pieces
 
@@ -16,7 +17,7 @@ def owners(sizes: list[int], ranks: int) -> list[list[int]]:
     """The numbers of each rank's leaves, ascending: the largest first, each to the rank that has the least so far.
 
     >>> owners([5, 1, 1, 4], 2)
-    [[0, 1], [2, 3]]
+    [[0, 2], [1, 3]]
     """
     found: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -32,7 +33,7 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
 
     def reduce(grads: Any) -> dict[str, Tensor]:
         plans = _plans(grads, axis)
-        leaves = optree.tree_leaves(grads)
+        leaves = [leaf for _, leaf in by_name(grads)]
         return {k: _scattered(leaves, plan, axis, bucket_bytes) for k, plan in plans.items()}
 
     def init(params: Any) -> Any:
@@ -43,14 +44,11 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
         plans = _plans(params, axis)
         check_shards(grads, {k: (p.size,) for k, p in plans.items()})
         mine = _own(params, plans, axis)
-        leaves = optree.tree_leaves(params)
-        parts: list[Any] = [()] * len(leaves)
+        leaves = by_name(params)
+        parts: dict[str, Tensor] = {}  # not dict[str, Tensor](): Dynamo cannot call that
         for k, plan in plans.items():
-            own = plan.owners[axis.rank]
-            sizes = [leaves[i].numel() for i in own]
-            for i, part in zip(own, grads[k].split([*sizes, plan.size - sum(sizes)]), strict=False):
-                parts[i] = part.view(leaves[i].shape)
-        given = optree.tree_unflatten(optree.tree_structure(params), parts)
+            parts |= _cut(grads[k], [leaves[i] for i in plan.owners[axis.rank]])
+        given = refilled(params, parts)
 
         def known(g: Any) -> Tensor:
             return norm(grads if g is given else _buffers(g, params, plans, axis))
@@ -63,30 +61,35 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
 
     def gathered(new: Any, params: Any) -> Any:
         """The whole tree, of each rank's own leaves."""
-        leaves, spec = optree.tree_flatten(params)
-        plans = _plans(params, axis)
+        plans, leaves = _plans(params, axis), by_name(params)
+        found: dict[str, Tensor] = {}
         for k, flat in _buffers(new, params, plans, axis).items():
-            rows = _gathered(flat, axis, bucket_bytes)
-            for row, own in zip(rows, plans[k].owners, strict=True):
-                sizes = [leaves[i].numel() for i in own]
-                for i, part in zip(own, row.split([*sizes, plans[k].size - sum(sizes)]), strict=False):
-                    leaves[i] = part.view(leaves[i].shape)
-        return optree.tree_unflatten(spec, leaves)
+            for row, own in zip(_gathered(flat, axis, bucket_bytes).unbind(), plans[k].owners, strict=True):
+                found |= _cut(row, [leaves[i] for i in own])
+        return refilled(params, found)
 
     def update(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm = norm_over) -> tuple[Any, Any]:
         given, mine, known = inner(grads, params, norm)
         updates, state = tx.update(given, state, mine, norm=known)
         return gathered(tree.map(lambda u, p: u.to(p.dtype), updates, mine), params), state
 
-    def step(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any] | None:  # fmt: skip
+    def step(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any]:  # fmt: skip
         given, mine, known = inner(grads, params, norm)
-        done = None if tx.step is None else tx.step(given, state, mine, norm=known, ok=ok, donated=donated)
-        return None if done is None else (gathered(done[0], params), done[1])
+        new, state = guarded_step(tx, given, state, mine, norm=known, ok=ok, donated=donated)
+        if not donated or not all(x.is_contiguous() for x in tree.leaves(params)):
+            return gathered(new, params), state
+        plans, leaves = _plans(params, axis), by_name(params)
+        for k, flat in _buffers(new, params, plans, axis).items():
+            each = [[leaves[i][1] for i in own] for own in plans[k].owners]
+            for a, b in messages(flat.numel(), flat.element_size(), axis, bucket_bytes):
+                message = collectives.gather(flat[a:b], axis).view(axis.size, b - a)
+                _fill([x for own in each for x in own], [len(own) for own in each], message, a)
+        return params, state
 
     def members(params: Any) -> list[Member]:
         return [Member((), "", tx, _own(params, _plans(params, axis), axis))]
 
-    return Optimizer(init, update, reduce, axis, step if tx.step is not None else None, tx.stream, members)
+    return Optimizer(init, update, reduce, axis, step, tx.stream, members)
 
 
 class _Plan:
@@ -101,7 +104,7 @@ class _Plan:
 def _plans(params: Any, axis: Axis) -> dict[str, _Plan]:
     """By dtype; `params` may be parts (`fds.layout.Part`)."""
     groups: dict[str, tuple[list[int], list[int]]] = {}
-    for i, leaf in enumerate(optree.tree_leaves(params)):
+    for i, (_, leaf) in enumerate(by_name(params)):
         numbers, sizes = groups.setdefault(str(leaf.dtype).removeprefix("torch."), ([], []))
         numbers.append(i)
         sizes.append((leaf if isinstance(leaf, Tensor) else leaf.held).numel())
@@ -110,20 +113,24 @@ def _plans(params: Any, axis: Axis) -> dict[str, _Plan]:
 
 def _own(params: Any, plans: dict[str, _Plan], axis: Axis) -> Any:
     """The tree with nothing, ``()``, in place of other ranks' leaves."""
-    leaves, spec = optree.tree_flatten(params)
     mine = {i for plan in plans.values() for i in plan.owners[axis.rank]}
-    return optree.tree_unflatten(spec, [leaf if i in mine else () for i, leaf in enumerate(leaves)])
+    return refilled(params, {name: leaf for i, (name, leaf) in enumerate(by_name(params)) if i in mine})
+
+
+def _cut(flat: Tensor, like: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Views of a buffer by name; what is behind them is padding."""
+    sizes = [leaf.numel() for _, leaf in like]
+    parts = flat.split([*sizes, flat.numel() - sum(sizes)])
+    return {name: part.view(leaf.shape) for (name, leaf), part in zip(like, parts, strict=False)}
 
 
 def _buffers(own: Any, params: Any, plans: dict[str, _Plan], axis: Axis) -> dict[str, Tensor]:
     """This rank's leaves, a buffer for each dtype of the parameters."""
-    mine = sorted(i for plan in plans.values() for i in plan.owners[axis.rank])
-    found = dict(zip(mine, tree.leaves(own), strict=True))
-    leaves = optree.tree_leaves(params)
+    found, leaves = dict(by_name(own)), by_name(params)
     out: dict[str, Tensor] = {}
     for k, plan in plans.items():
-        parts = [found[i] for i in plan.owners[axis.rank]]
-        like = parts[0] if parts else leaves[plan.owners[0][0]]
+        parts = [found[leaves[i][0]] for i in plan.owners[axis.rank]]
+        like = parts[0] if parts else leaves[plan.owners[0][0]][1]
         out[k] = _run(parts or [like.reshape(-1)[:0]], 0, plan.size)
     return out
 
@@ -157,6 +164,29 @@ def _gathered(flat: Tensor, axis: Axis, bucket_bytes: int) -> Tensor:
         for a, b in messages(flat.numel(), flat.element_size(), axis, bucket_bytes)
     ]
     return torch.cat(parts, 1) if parts else flat.view(1, 0).expand(axis.size, 0)
+
+
+def _fill_rows(leaves: list[Tensor], counts: list[int], message: Tensor, start: int) -> None:
+    """Row r of a message [ranks, width] is what rank r's buffer has from `start` on; the first counts[0] leaves are rank 0's, and so on."""
+    rest = iter(leaves)
+    with torch.no_grad():
+        for row, count in zip(message, counts, strict=True):
+            own = [next(rest) for _ in range(count)]
+            end = min(start + len(row), sum(x.numel() for x in own))  # behind it, padding
+            for piece, values in _aligned(pieces(own, start, end) if start < end else [], row):
+                piece.copy_(values)
+
+
+def _aligned(parts: list[Tensor], row: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    at = 0
+    for part in parts:
+        yield part, row[at : at + len(part)]
+        at += len(part)
+
+
+_fill = opaque_operator(
+    "fill_rows", "(Tensor(a!)[] leaves, int[] counts, Tensor message, SymInt start) -> ()", _fill_rows
+)
 
 
 def check_shards(grads: Any, want: dict[str, tuple[int, ...]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fds import tree
 from fds.layout import Part
 from fds.optim import one_bit_wire as wire
-from fds.optim.base import Axis, Member, Norm, Optimizer, Step, Update, check_like, names
+from fds.optim.base import Axis, Member, Norm, Optimizer, Step, Update, by_name, check_like, names, refilled
 from fds.optim.state import RuleState, home, wide
 
 
@@ -36,7 +36,7 @@ def exchanging(axis: Axis, init_rule: Callable[[Any], RuleState], rule: Rule, *,
     """An optimizer that takes each rank's own gradients, of parameters that every rank holds whole, and reduces over `axis` what `rule` sends."""
 
     def reduce(grads: Any) -> dict[str, Tensor]:
-        return dict(zip(names(grads), tree.leaves(grads), strict=True))
+        return dict(by_name(grads))
 
     def errors(params: Any, device: torch.device) -> dict[str, Tensor]:
         leaves = [p if isinstance(p, Tensor) else p.held for p in optree.tree_leaves(params)]
@@ -53,7 +53,7 @@ def exchanging(axis: Axis, init_rule: Callable[[Any], RuleState], rule: Rule, *,
         known = names(params)
         if grads.keys() != set(known):
             raise ValueError(f"gradients {sorted(grads)[:3]}, required a rank's own by name; pass tx.reduce(grads)")
-        given = optree.tree_unflatten(optree.tree_structure(params), [grads[k] for k in known])
+        given = refilled(params, grads)
         check_like(given, params)
         wider = tree.map(lambda g: g.to(wide(g.dtype)), given)
         kept = [state.errors]

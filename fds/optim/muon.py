@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fds import tree
-from fds.optim.base import Norm, Optimizer, check_like, checked, hyperparams, names
+from fds.optim.base import Norm, Optimizer, by_name, check_like, checked, hyperparams
 from fds.optim.state import Rate, RuleState, beside, counter, moment, rate_of
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of Jordan's quintic: the steepest at zero that stays within (0.7, 1.2)
@@ -40,8 +40,8 @@ def muon(
 
     >>> tx, p = muon(0.1, dtype=torch.float32, steps=12, coefficients=(2.0, -1.5, 0.5)), {"w": torch.zeros(2, 2)}
     >>> tx.update({"w": torch.tensor([[3.0, 0.0], [0.0, 0.1]])}, tx.init(p), p)[0]["w"]
-    tensor([[-0.1000,  0.0000],
-            [ 0.0000, -0.1000]])
+    tensor([[-0.1000, -0.0000],
+            [-0.0000, -0.1000]])
     """
     for name, value in {"learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay}.items():
         checked(name, value)
@@ -52,7 +52,7 @@ def muon(
             raise ValueError(f"muon: {name}={given!r} is unknown; {tree.suggest(str(given), known)}")
 
     def check(params: Any) -> None:
-        for name, p in zip(names(params), tree.leaves(params), strict=True):
+        for name, p in by_name(params):
             if p.dim() < 2:
                 raise ValueError(
                     f"muon: {name} has shape {tuple(p.shape)}, required two dimensions or more; give it to another rule, as in partition({{'muon': muon(...), 'rest': adamw(...)}}, labels)"

@@ -7,7 +7,7 @@ import optree
 from torch import Tensor
 
 from fds import tree
-from fds.optim.base import Member, Norm, Optimizer, check_like, guarded_step, names
+from fds.optim.base import Member, Norm, Optimizer, by_name, check_like, guarded_step, refilled
 
 Labels = Callable[[str, Tensor], str]
 
@@ -27,6 +27,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
     Raises:
         ValueError: a label that no optimizer has; a sharded optimizer inside.
 
+    >>> import torch
     >>> from fds import optim
     >>> tx = partition({"all": optim.sgd(1.0), "none": optim.scale(0.0)}, lambda name, leaf: "none" if "norm" in name else "all")
     >>> p = {"norm": torch.ones(1), "w": torch.ones(1)}
@@ -39,14 +40,14 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
                 f"partition: {label!r} {'reduces the gradients of all leaves itself; use it alone' if tx.local else 'is a sharded optimizer; turn it round: sharded(partition({...}, labels), axis)'}"
             )
 
-    def split(params: Any) -> dict[str, list[int]]:
-        """The numbers of each optimizer's leaves."""
-        found: dict[str, list[int]] = {label: [] for label in optimizers}
-        for i, (name, leaf) in enumerate(zip(names(params), tree.leaves(params), strict=True)):
+    def split(params: Any) -> dict[str, list[str]]:
+        """The names of each optimizer's leaves."""
+        found: dict[str, list[str]] = {label: [] for label in optimizers}
+        for name, leaf in by_name(params):
             label = labels(name, leaf)
             if label not in found:
                 raise ValueError(f"partition: {name} has label {label!r}; {tree.suggest(str(label), optimizers)}")
-            found[label].append(i)
+            found[label].append(name)
         return found
 
     def init(params: Any) -> dict[str, Any]:
@@ -56,21 +57,19 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
         check_like(grads, params)
         known = _once(norm, grads)
         results: dict[str, tuple[Any, Any]] = {}
-        found = split(params)
-        for label, own in found.items():
+        for label, own in split(params).items():
             tx = optimizers[label]
             results[label] = tx.update(_only(grads, own), state[label], _only(params, own), norm=known)
-        return _joined(params, found, results), {label: s for label, (_, s) in results.items()}
+        return _joined(params, results), {label: s for label, (_, s) in results.items()}
 
     def step(grads: Any, state: dict[str, Any], params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, dict[str, Any]]:  # fmt: skip
         check_like(grads, params)
         known = _once(norm, grads)
         results: dict[str, tuple[Any, Any]] = {}
-        found = split(params)
-        for label, own in found.items():
+        for label, own in split(params).items():
             each = (optimizers[label], _only(grads, own), state[label], _only(params, own))
             results[label] = guarded_step(*each, norm=known, ok=ok, donated=donated)
-        return _joined(params, found, results), {label: s for label, (_, s) in results.items()}
+        return _joined(params, results), {label: s for label, (_, s) in results.items()}
 
     def members(params: Any) -> list[Member]:
         parts = split(optree.tree_map(lambda part: part.held, params))
@@ -84,17 +83,12 @@ def _once(norm: Norm, grads: Any) -> Norm:
     return lambda _: known
 
 
-def _only(x: Any, own: list[int]) -> Any:
+def _only(x: Any, own: list[str]) -> Any:
     """The tree with nothing, ``()``, in place of the leaves that are not among `own`."""
-    leaves, spec = optree.tree_flatten(x)
     kept = set(own)
-    return optree.tree_unflatten(spec, [leaf if i in kept else () for i, leaf in enumerate(leaves)])
+    return refilled(x, {name: leaf for name, leaf in by_name(x) if name in kept})
 
 
-def _joined(params: Any, found: dict[str, list[int]], results: dict[str, tuple[Any, Any]]) -> Any:
+def _joined(params: Any, results: dict[str, tuple[Any, Any]]) -> Any:
     """One tree of the leaves of all results."""
-    leaves, spec = optree.tree_flatten(params)
-    for label, own in found.items():
-        for i, leaf in zip(own, tree.leaves(results[label][0]), strict=True):
-            leaves[i] = leaf
-    return optree.tree_unflatten(spec, leaves)
+    return refilled(params, {name: leaf for new, _ in results.values() for name, leaf in by_name(new)})

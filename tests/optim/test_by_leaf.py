@@ -96,6 +96,33 @@ def test_buckets_change_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(got[0]), tree.leaves(want[0]), strict=True))
 
 
+def in_place(bucket_bytes):
+    axis = fds.sharding.mesh(dp=2)["dp"]
+    tx, p = optim.sharded(rule("muon"), axis, bucket_bytes=bucket_bytes), params()
+    state = tx.init(p)
+    for i in range(4):
+        homes = [x.data_ptr() for x in tree.leaves(p)]
+        ok = torch.tensor(i != 2)
+        p, state = tx.step(tx.reduce(gradients(i, axis.rank)), state, p, norm=norm_of(axis), ok=ok, donated=True)
+        assert [x.data_ptr() for x in tree.leaves(p)] == homes
+    return p
+
+
+def norm_of(axis):
+    return lambda grads: axis.sum(tree.square_sum(tree.leaves(grads))).sqrt()
+
+
+@pytest.mark.parametrize("bucket_bytes", [24, 2**25])
+def test_a_donated_step_writes_over_the_parameters(bucket_bytes):
+    tx, want = rule("muon"), params()
+    state = tx.init(want)
+    for i in (0, 1, 3):
+        updates, state = tx.update(mean_gradients(i, 2), state, want)
+        want = optim.apply_updates(want, updates)
+    for got in ranks.run(2, in_place, bucket_bytes):
+        close(got, want)
+
+
 @pytest.mark.parametrize("name", ["lamb", "muon"])
 def test_one_rank_needs_no_group(name):
     close(split(name, 1)[0], whole(name, 1))

@@ -225,6 +225,7 @@ def test_one_rank_needs_no_group_and_has_no_errors(name):
             want, b = plain.update(gradients(i, 0), b, q)
             for x, y in zip(tree.leaves(got), tree.leaves(want), strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+            q = optim.apply_updates(q, got)
 
 
 def test_bias_correction_is_adams():
@@ -290,7 +291,10 @@ def test_a_step_eager_compiled_and_resumed(name, tmp_path):
         _, _, p, skipped = both[0]
         assert skipped == 1 and all(torch.equal(p[k], x) for k, x in both[1][2].items()), how
         for k, x in ends["eager"][0][2].items():
-            torch.testing.assert_close(p[k], x, rtol=1e-3, atol=1e-4) if how == "compiled" else torch.equal(p[k], x)
+            if how == "compiled":  # its rounding may turn a sign, and what that misses is sent in the next step
+                torch.testing.assert_close(p[k], x, rtol=1e-2, atol=5e-3)
+            else:
+                assert torch.equal(p[k], x)
     assert ends["saved"][0][0][7:] == pytest.approx(ends["eager"][0][0][7:], rel=1e-6)
     step, _ = make(optim.chain(optim.clip_by_global_norm(1.0), RULES[name](ONE)))
     state = fds.load_state(tmp_path, step)  # another number of ranks: without errors
@@ -316,29 +320,33 @@ def test_the_reported_norm_is_the_root_mean_square():
     assert both == pytest.approx([math.sqrt(squares / 2)] * 2, rel=1e-5)
 
 
-def least_squares(name, rate, steps):
-    axis = fds.sharding.mesh(dp=2)["dp"]
+def least_squares(name, signs, steps=300, rate=0.02):
+    axis = fds.sharding.mesh(dp=2)["dp"] if signs else ONE
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(256, 64, generator=g), torch.randn(64, 32, generator=g)
     tx = {
-        "adamw": lambda: optim.sharded(optim.adamw(rate, bias_correction=False, b2=0.99), axis),
-        "onebit": lambda: optim.onebit_adam(rate, axis, freeze_step=30, b2=0.99),
+        "adam": lambda: optim.onebit_adam(rate, axis, freeze_step=30, b2=0.99),
+        "lamb": lambda: optim.onebit_lamb(rate, axis, freeze_step=30, b2=0.99),
         "zero one": lambda: optim.zero_one_adam(rate, axis, var_freeze_step=60, var_update_scaler=4, local_step_scaler=40, local_step_clipper=4, b2=0.99),
     }[name]()  # fmt: skip
-    p = {"w": torch.zeros(64, 32)}
+    p = {"w": torch.full((64, 32), 0.1)}
     state = tx.init(p)
     for i in range(steps):
-        noise = torch.randn(256, 32, generator=torch.Generator().manual_seed(10 * i + axis.rank))
+        seeds = [10 * i + axis.rank] if signs else [10 * i, 10 * i + 1]
+        noise = sum(torch.randn(256, 32, generator=torch.Generator().manual_seed(s)) for s in seeds) / len(seeds)
         grads = {"w": 2 * x.T @ (x @ p["w"] - x @ w - 0.3 * noise) / 256}
-        rule = optim.set_hyperparams(state, learning_rate=rate * (1 - i / steps))
-        p, state = fds.optim.base.guarded_step(tx, tx.reduce(grads), rule, p, norm=tree.norm, ok=torch.tensor(True), donated=False)  # fmt: skip
+        state = optim.set_hyperparams(state, learning_rate=rate * (1 - i / steps))
+        p, state = fds.optim.base.guarded_step(
+            tx, tx.reduce(grads), state, p, norm=tree.norm, ok=torch.tensor(True), donated=False
+        )
     return float((p["w"] - w).square().mean())
 
 
-def test_signs_train_as_well():
-    """Noisy least squares: as near as Adam with exact means, within the noise."""
-    ends = {k: ranks.run(2, least_squares, k, 0.02, 400)[0] for k in ("adamw", "onebit", "zero one")}
-    assert ends["onebit"] < 1.5 * ends["adamw"] + 1e-3 and ends["zero one"] < 1.5 * ends["adamw"] + 1e-3, ends
+@pytest.mark.parametrize("name", RULES)
+def test_signs_train_as_well_as_the_exact_mean(name):
+    """Noisy least squares from a distance of 1: two ranks with signs end as near as the same rule on one, which exchanges nothing."""
+    exact, signs = least_squares(name, False), ranks.run(2, least_squares, name, True)[0]
+    assert exact < 0.2 and signs < 1.25 * exact + 1e-3, (exact, signs)
 
 
 # --- what is refused ---

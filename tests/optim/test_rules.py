@@ -299,7 +299,7 @@ def test_in_place_equals_the_update_and_skips(name, dtype):
             want = optim.apply_updates(want, updates)
         p, state = guarded_step(tx, g, state, p, norm=tree.norm, ok=torch.tensor(ok), donated=True)
     close((p, state), (want, kept))
-    if tx.step is not None and dtype != torch.bfloat16:
+    if tx.step is not None and dtype != torch.bfloat16 and name != "partition":  # where only some have such a form
         assert [x.data_ptr() for x in tree.leaves(p)] == homes
 
 
