@@ -1,6 +1,7 @@
 """What a configuration costs and where it surprises, before it runs: bytes of memory on a rank, bytes on the wire, drifts of DeepSpeed's defaults."""
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import attrs
 from torch import nn
