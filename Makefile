@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format examples bench-train bench-io bench-generate gpu kernels clean
+.PHONY: demo test test-deepspeed lint format examples bench-train bench-io bench-generate gpu kernels clean
 
 # torch first and by itself: the constraint then keeps every later install from looking for another build of it.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -41,9 +41,15 @@ examples: $(VENV)/ready
 	$(BIN)/python examples/two_dimensional_mesh.py
 	$(BIN)/python examples/train_larger_than_memory.py --width 64 --layers 56 --steps 2
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/grpo.py --steps 40
-	rm -rf out/elastic
+	rm -rf out/elastic out/deepspeed_migration
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/deepspeed_migration.py --deepspeed_config examples/ds_config.json --steps 3
+	$(BIN)/torchrun --standalone --nproc-per-node 1 examples/deepspeed_migration.py --deepspeed_config examples/ds_config.json --steps 5
 	$(BIN)/torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/elastic.py --steps 4 --kill 3
 	$(BIN)/torchrun --standalone --nproc-per-node 1 examples/elastic.py --steps 6
+
+# Configurations as people use them, in fds and in the real DeepSpeed: the same losses. The peer is installed first, so it is no part of `make test`.
+test-deepspeed: $(VENV)/ready .venv-peers/ready
+	$(BIN)/python benchmarks/deepspeed_parity.py --peer-python .venv-peers/bin/python
 
 bench-train: $(VENV)/ready .venv-peers/ready
 	$(BIN)/python benchmarks/train.py --peer-python .venv-peers/bin/python

@@ -1,5 +1,7 @@
 """fds: models as pure functions over parameter trees; sharding, offload, adapters and precision as transformations that compose."""
 
+from typing import TYPE_CHECKING, Any
+
 from fds import losses, optim, sharding, tree
 from fds.checkpoint import load, load_adapters, save, save_adapters
 from fds.compiling import compile
@@ -10,8 +12,9 @@ from fds.inference.engine import default_inference_config, init_inference
 from fds.inference.generate import generate
 from fds.initial import init_params
 from fds.lora import fuse_lora, lora
+from fds.loss_scale import DynamicLossScale
 from fds.offload import FileStore, HostStore, StoreError, offload
-from fds.precision import cast, freeze
+from fds.precision import autocast, cast, freeze
 from fds.program import Lens, Program
 from fds.quantize import quantize_frozen
 from fds.remat import checkpoint
@@ -20,9 +23,19 @@ from fds.sharding import init_distributed, launch, quantized, replicate, shard, 
 from fds.train import NonFiniteError, TrainState, TrainStep, train_step
 from fds.transform import Transform, around, at, chain, relayout, through
 
+if TYPE_CHECKING:
+    from fds.deepspeed import DeepSpeedConfig, DeepSpeedConfigError, Engine, add_config_arguments, initialize
+
 __version__ = "0.1.0"
 
+# The front door is imported when it is used.
+_FRONT = ("DeepSpeedConfig", "DeepSpeedConfigError", "Engine", "add_config_arguments", "initialize")
+
 __all__ = [
+    "DeepSpeedConfig",
+    "DeepSpeedConfigError",
+    "DynamicLossScale",
+    "Engine",
     "FileStore",
     "HostStore",
     "Lens",
@@ -32,8 +45,10 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "Transform",
+    "add_config_arguments",
     "around",
     "at",
+    "autocast",
     "cast",
     "chain",
     "checkpoint",
@@ -46,6 +61,7 @@ __all__ = [
     "init_distributed",
     "init_inference",
     "init_params",
+    "initialize",
     "launch",
     "load",
     "load_adapters",
@@ -72,3 +88,15 @@ __all__ = [
     "with_seed",
     "with_updates",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FRONT:
+        raise AttributeError(f"module 'fds' has no attribute {name!r}")
+    from fds import deepspeed
+
+    return getattr(deepspeed, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ A torch without one of the imported names fails here, by name. Run on torch 2.13
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -43,11 +44,12 @@ def each_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return torch._foreach_norm(tensors, dtype=torch.float32)
 
 
-def fused_adamw(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], count: Tensor, ok: Tensor, **hyper: float) -> None:  # fmt: skip
-    """AdamW over the given contiguous tensors by torch's one kernel, unless `ok` (0-D bool) is False; `count` from 1."""
+def fused_adam(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], count: Tensor, ok: Tensor, *, decoupled: bool, **hyper: float) -> None:  # fmt: skip
+    """Adam (with decoupled decay AdamW) over the given contiguous tensors by torch's one kernel, unless `ok` (0-D bool) is False; `count` from 1."""
     counts = [count.float()] * len(params)
     flags = {"amsgrad": False, "maximize": False, "grad_scale": None, "found_inf": (~ok).float()}
-    torch._fused_adamw_(params, grads, mu, nu, [], counts, **hyper, **flags)
+    fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    fused(params, grads, mu, nu, [], counts, **hyper, **flags)
 
 
 def fused_sgd(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], ok: Tensor, *, nesterov: bool, **hyper: float) -> None:  # fmt: skip
@@ -216,3 +218,60 @@ def get_timeout() -> timedelta | None:
     group = dist.group.WORLD
     options = getattr(group._get_backend(group._device_types[0]), "options", None) if group is not None else None
     return getattr(options, "_timeout", None)
+
+
+# --- what a graph costs (`fds.deepspeed.flops`) ---
+
+
+def product_formulas() -> dict[Any, Callable[..., int]]:
+    """torch's own formulas: operator -> floating-point operations of ``(*args, out_val=out)``."""
+    from torch.utils.flop_counter import flop_registry
+
+    return flop_registry
+
+
+def decomposition(op: Any) -> Callable[..., Any] | None:
+    """The same operator made of others, where torch has such a form."""
+    from torch._decomp import decomposition_table
+
+    return decomposition_table.get(op)
+
+
+def composite_kernel(op: Any) -> Callable[..., Any]:
+    """What an operator of `operator` computes, as a function of tensors of any device, those without memory included."""
+    return lambda *args, **kwargs: op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+
+
+def autograd_node() -> int | None:
+    """The number of the node whose backward is running; None outside of a backward pass."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def last_node() -> int:
+    """The number of the node that forward made last."""
+    return torch.autograd._get_sequence_nr() - 1
+
+
+def without_modes() -> Any:
+    """A context without the dispatch modes that are running."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+@contextmanager
+def abstracting() -> Iterator[Callable[[Tensor], Tensor]]:
+    """A context in which tensors have no values, with the function that makes such a one of a tensor; a parameter stays one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        yield mode.from_tensor
+
+
+def reads_values() -> tuple[type[Exception], ...]:
+    """The errors of a function that asks an abstract tensor for its values, or for a shape that depends on them."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    return DataDependentOutputException, DynamicOutputShapeException

@@ -12,7 +12,7 @@ from fds.compiling import traced
 from fds.frame import scoped
 from fds.program import Program
 
-_HOOKS = "the module checkpoints inside itself (saved-tensor hooks), which recomputes with the wrong weights in a pure function; turn that off and use fds.checkpoint()"
+NO_HOOKS = "the module checkpoints inside itself (saved-tensor hooks), which recomputes with the wrong weights in a pure function; turn that off and use fds.checkpoint()"
 
 
 def value_and_grad(
@@ -40,7 +40,7 @@ def value_and_grad(
         wanted = _wanted(flat, None if program is None else tree.flat(_in_order(program.spec, stored)))
         leaves = [t.detach().requires_grad_() if w else t for t, w in zip(flat, wanted, strict=True)]
         # Nobody but the caller of `f` reduces these gradients: a caller further out has deferred its own (`Frame.deferred`).
-        with scoped(deferred=()), torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
+        with scoped(deferred=()), torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(NO_HOOKS):
             out = f(pytree.tree_unflatten(leaves, spec), *args, **kwargs)
             value = out[0] if has_aux else out
             _check_scalar(value)

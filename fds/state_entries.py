@@ -57,6 +57,10 @@ def entries(step: TrainStep, home: torch.device) -> list[Entry]:
             for k, x in each.items()
         },
         **{(k,): _single(k, x, _CPU) for k, x in step.spec._asdict().items() if isinstance(x, Tensor)},
+        **{
+            ("loss_scale", *k): _single("/".join(("loss_scale", *k)), x, _CPU)
+            for k, x in tree.paths(step.spec.loss_scale)
+        },
     }
     for slot in slots(step.tx, trainable):
         path, entry = ("optimizer", *slot.path), _of_slot(slot, shapes, home)
@@ -106,6 +110,8 @@ def _carried(part: Part, home: torch.device) -> Entry:
 
 def _of_slot(slot: Slot, shapes: Shapes, home: torch.device) -> Entry:
     kind, part, device = f"optimizer/{slot.name}", slot.part, _CPU if slot.host else home
+    if slot.carried and part is not None:
+        return _single(f"{CARRIED}{kind}/{part.name} ({part.shard})", slot.like, device, slot.window)
     if part is None:
         return _single(kind, slot.like, device, slot.window)
     if slot.elementwise:

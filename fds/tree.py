@@ -185,6 +185,19 @@ def matches(pattern: str, leaf: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
+def group_of(name: str, groups: Mapping[str, Iterable[str]]) -> str | None:
+    """The first group with a pattern for a leaf, or, of a flat buffer, the one that its name ends with; None where there is none.
+
+    >>> groups = {"plain": ["*.bias", "*norm*"], "rest": ["*"]}
+    >>> [group_of(k, groups) for k in ("h.0.bias", "h.0.weight", "shard.float32.rest")]
+    ['plain', 'rest', 'rest']
+    """
+    made = name.startswith(("shard.", "offload.")) and name.rpartition(".")[2]
+    if made:
+        return made if made in groups else None
+    return next((g for g, patterns in groups.items() if any(matches(p, name) for p in patterns)), None)
+
+
 def select(names: Iterable[str], patterns: str | Iterable[str], *, what: str) -> list[str]:
     """The names that at least one pattern matches, in order; every pattern has to match something.
 

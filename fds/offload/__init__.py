@@ -1,6 +1,6 @@
 """Where parameters live: `offload`; the stores; asynchronous file I/O."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def offload(
     min_bytes: int = 0,
     ratio: float = 1.0,
     window: int = 2,
+    groups: Mapping[str, Iterable[str]] | None = None,
 ) -> Transform:
     """Keep parameters away from the device, and bring them where they are used, site by site.
 
@@ -58,6 +59,7 @@ def offload(
         min_bytes: smaller leaves stay.
         ratio: the part of a site's bytes that goes, whole leaves in their order: between 0 and 1, some of it stays on the device.
         window: sites that are read ahead of their use, in the order of the last time, and as many written behind. Not for "cpu".
+        groups: as of `shard`: leaves of different groups do not share a buffer in the store (`optim.grouped`).
 
     Later in the chain than `shard`, `cast` and `lora`: what they store is what goes. Before `checkpoint`: then what was fetched is dropped after
     the call, and fetched again in backward; else it stays until then.
@@ -74,12 +76,14 @@ def offload(
         raise ValueError(
             f"offload: ratio={ratio!r}, min_bytes={min_bytes!r}, window={window!r}; required a ratio in [0, 1], and the others >= 0"
         )
+    apart = {g: (p,) if isinstance(p, str) else tuple(p) for g, p in (groups or {}).items()}
     patterns = [match] if isinstance(match, str) else list(match)
     given: dict[str, Any] = {
         "match": (match, "*"),
         "min_bytes": (min_bytes, 0),
         "ratio": (ratio, 1.0),
         "window": (window, 2),
+        "groups": (apart, {}),
     }
     options = {"store": store} | {k: v for k, (v, default) in given.items() if v != default}
 
@@ -104,7 +108,7 @@ def offload(
 
     def lens(p: Program) -> Lens | None:
         names = chosen(p)
-        return (_moved(names) if ahead is None else _away(p, names, ahead)) if names else None
+        return (_moved(names) if ahead is None else _away(p, names, ahead, apart)) if names else None
 
     return Transform(
         "offload",
@@ -129,8 +133,8 @@ def _moved(names: list[str]) -> Lens:
     return Lens(put, get, layout=same, host=frozenset(names))
 
 
-def _away(p: Program, names: list[str], window: Window) -> Lens:
-    """In a store: one flat buffer for the leaves of one dtype, trainability and sharding, so that a site is one read."""
+def _away(p: Program, names: list[str], window: Window, apart: Mapping[str, tuple[str, ...]]) -> Lens:
+    """In a store: one flat buffer for the leaves of one dtype, trainability, sharding and group, so that a site is one read."""
     spec = parameters(p)
     groups: dict[str, list[str]] = {}
     splits = list(dict.fromkeys([(), *(p.axes.get(k, ()) for k in names)]))
@@ -138,6 +142,8 @@ def _away(p: Program, names: list[str], window: Window) -> Lens:
         leaf, split = spec[k], splits.index(p.axes.get(k, ()))
         kind = ["offload", str(leaf.dtype).removeprefix("torch.")]
         kind += [f"split{split}"] if split else []
+        group = tree.group_of(k, apart) if apart and leaf.requires_grad else None
+        kind += [] if group is None else [group]
         groups.setdefault(".".join(kind if leaf.requires_grad else [*kind, "frozen"]), []).append(k)
     device: Any = compute_device()
     sizes = {key: sum(spec[k].numel() for k in members) for key, members in groups.items()}

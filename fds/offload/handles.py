@@ -36,6 +36,9 @@ LOCK = threading.RLock()
 _HELD: "weakref.WeakValueDictionary[int, Held]" = (
     weakref.WeakValueDictionary()
 )  # by ticket; a window keeps its own alive
+_NAMES: "weakref.WeakKeyDictionary[Any, itertools.count[int]]" = (
+    weakref.WeakKeyDictionary()
+)  # numbers of keys, by store
 _GRADIENTS = 64  # of one tensor that nobody has taken yet
 
 
@@ -51,6 +54,7 @@ class Held:
     ticket: int = 0
     number: int = 0  # in the order in which tensors were put into the window's store
     gradients: "dict[int, tuple[Held, Tensor]]" = attrs.field(factory=dict[int, Any])  # with their squared norms
+    factor: Tensor | None = None  # of a gradient: what it is to be multiplied by when it is read, in float32
 
 
 @attrs.frozen(eq=False)
@@ -132,7 +136,7 @@ class Window:
         self.store, self.ahead = store, ahead
         if isinstance(store, FileStore):
             give_back_freed()
-        self.names = itertools.count()
+        self.names = _NAMES.setdefault(store, itertools.count())  # two windows of a store share its keys
         self._after: dict[tuple[str | None, str | None], str | None] = {}
         self._last: tuple[str | None, str | None] = (None, None)
         self._coming: OrderedDict[str, tuple[Future[Reference], Future[Tensor]]] = OrderedDict()
@@ -380,7 +384,8 @@ def sum_of(parts: Sequence[Held]) -> Callable[[], Tensor]:
         total: Tensor = waited(parts[0].key, coming[0])
         for p, more in zip(parts[1:], coming[1:], strict=True):
             total = total.add_(waited(p.key, more))
-        return total
+        factor = parts[0].factor
+        return total if factor is None else (total.float() if total.element_size() < 4 else total).mul_(factor)
 
     return result
 
@@ -401,7 +406,8 @@ def drop_gradient(handle: Tensor, gradient: Tensor) -> None:
 def _square(handle: Tensor, gradient: Tensor) -> Tensor:
     held, tickets = find(handle), _parts(handle, gradient)
     if len(tickets) == 1:
-        return held.gradients[tickets[0]][1].reshape(1)
+        part, square = held.gradients[tickets[0]]
+        return (square if part.factor is None else square * part.factor.square()).reshape(1)
     flat = read_gradient(handle, gradient).reshape(-1).float()
     return torch.dot(flat, flat).reshape(1)
 
@@ -464,6 +470,26 @@ FETCH = operator(
     batch=_no_batch,
     save=_keep_handle,
     backward=_fetch_backward,
+)
+
+
+def _scale(handle: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+    held = find(handle)
+    for t in _parts(handle, gradient):
+        held.gradients[t][0].factor = factor.to("cpu", copy=True)
+    return gradient.clone()
+
+
+def _scale_shape(handle: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+# The gradient behind a handle times a 0-D factor, once, when it is read.
+SCALED = opaque_operator(
+    "offload_scaled",
+    "(Tensor handle, Tensor gradient, Tensor factor) -> Tensor",
+    _scale,
+    _scale_shape,
 )
 
 

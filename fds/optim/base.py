@@ -53,14 +53,16 @@ class Member(NamedTuple):
     * `params`: the tree of parameters that it is for
     * `host`: its state is in host memory
     * `window`: where the tensors of its state are, if they are in a store
+    * `carried`: its state is a rank's own, and begins at zero under another layout
     """
 
-    path: tuple[int, ...]
+    path: tuple[int | str, ...]
     name: str
     tx: "Optimizer"
     params: Any
     host: bool = False
     window: Any = None
+    carried: bool = False
 
 
 def _as_they_are(grads: Any) -> Any:
@@ -79,6 +81,9 @@ class Optimizer(NamedTuple):
     * `stream`: of `streamed`, which takes handles in place of parameters; plans ask it what is where.
     * `members(params)`: of an optimizer made of others: which state is whose, for a tree with a `fds.layout.Part` in place of each parameter.
       None: a rule, whose state is made from the tree of parameters alone. Files ask it what belongs to which leaf.
+    * `whole`: it looks at leaves as wholes (their norms, their rows), so that it has to be given them uncut.
+    * `named`: it looks at the names of leaves, so that it has to be given the whole tree.
+    * `local`: `reduce` leaves gradients the rank's own; `update` itself reduces over `axis`. Their norm is a root mean square over the ranks.
     """
 
     init: Callable[[Any], Any]
@@ -88,6 +93,9 @@ class Optimizer(NamedTuple):
     step: Step | None = None
     stream: Any = None
     members: Callable[[Any], Sequence[Member]] | None = None
+    whole: bool = False
+    named: bool = False
+    local: bool = False
 
 
 def guarded_step(tx: Optimizer, grads: Any, state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any]:  # fmt: skip
@@ -107,12 +115,20 @@ def chosen(ok: Tensor, new: Any, old: Any) -> Any:
 def chain(*optimizers: Optimizer) -> Optimizer:
     """Apply optimizers one after the other, each to the updates of the one before. ``chain()`` passes gradients through.
 
-    A `sharded` optimizer cannot stand in a chain: shard the chain, ``sharded(chain(...), axis)``, so that every part sees the shards.
+    A `sharded` optimizer cannot stand in a chain: shard the chain, ``sharded(chain(...), axis)``, so that every part sees the shards. One that
+    reduces gradients itself (`onebit_adam`) comes last; before it, only what takes gradients alone (clipping, scaling).
     """
-    if any(o.axis is not None for o in optimizers):
+    if any(o.axis is not None and not o.local for o in optimizers):
         raise ValueError(
             "optim.chain: a sharded optimizer inside of a chain; shard the whole, as in sharded(chain(clip_by_global_norm(1.0), adamw(1e-3)), axis)"
         )
+    if any(o.local for o in optimizers[:-1]):
+        raise ValueError(
+            "optim.chain: an optimizer that reduces gradients itself before others, which would then see each rank's own; the order that works: chain(clip_by_global_norm(1.0), onebit_adam(...))"
+        )
+    flags: dict[str, Any] = {"whole": any(o.whole for o in optimizers), "named": any(o.named for o in optimizers)}
+    if optimizers and optimizers[-1].local:
+        flags |= {"reduce": optimizers[-1].reduce, "axis": optimizers[-1].axis, "local": True}
 
     def init(params: Any) -> tuple[Any, ...]:
         return tuple(o.init(params) for o in optimizers)
@@ -131,7 +147,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
     last = optimizers[-1].step if optimizers else None
     if last is None:
-        return Optimizer(init, update, members=members)
+        return Optimizer(init, update, members=members, **flags)
 
     def step(
         grads: Any, state: tuple[Any, ...], params: Any, *, norm: Norm, ok: Tensor, donated: bool
@@ -143,7 +159,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         done = last(grads, state[-1], params, norm=norm, ok=ok, donated=donated)
         return None if done is None else (done[0], (*states, done[1]))
 
-    return Optimizer(init, update, step=step, members=members)
+    return Optimizer(init, update, step=step, members=members, **flags)
 
 
 def stateless(f: Callable[[Any, Any], Any]) -> Optimizer:
@@ -182,7 +198,7 @@ def hyperparams(**values: float | Tensor | Schedule) -> Hyper:
 
 
 # Hyperparameters that have to be below something; all have to be finite and >= 0.
-_BELOW = {"momentum": 1.0, "b1": 1.0, "b2": 1.0}
+_BELOW = {"momentum": 1.0, "b1": 1.0, "b2": 1.0, "coeff_beta": 1.0, "factor_threshold": 1.0}
 
 
 def checked(name: str, value: Any) -> Any:
@@ -210,10 +226,48 @@ def check_like(grads: Any, params: Any) -> None:
 
 
 def _shapes(x: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        "/".join(map(str, path)): tuple(leaf.shape)
-        for path, leaf in zip(optree.tree_paths(x), tree.leaves(x), strict=True)
-    }
+    return dict(zip(names(x), (tuple(leaf.shape) for leaf in tree.leaves(x)), strict=True))
+
+
+def names(x: Any) -> list[str]:
+    """The name of each leaf, in order: that of the leaf alone where it says its site, else its path."""
+    return [name for name, _ in by_name(x)]
+
+
+def by_name(x: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
+    """The leaves with their names, in optree's order. Plain Python: Dynamo cannot follow optree where subtrees are left out (torch 2.13).
+
+    >>> by_name({"h.0": {"h.0.up": 1, "norm": 2}, "": {"w": [3, 4]}})
+    [('/w/0', 3), ('/w/1', 4), ('h.0.up', 1), ('h.0/norm', 2)]
+    """
+    parts = _parts(x)
+    if parts is None:
+        return [(_name(path), x)]
+    return [leaf for k, v in parts for leaf in by_name(v, (*path, k))]
+
+
+def refilled(x: Any, leaves: Mapping[str, Any], path: tuple[str, ...] = ()) -> Any:
+    """The tree with other leaves, by name; ``()``, nothing, where there is none."""
+    parts = _parts(x)
+    if parts is None:
+        return leaves.get(_name(path), ())
+    if tree.is_mapping(x):
+        return {k: refilled(v, leaves, (*path, str(k))) for k, v in x.items()}
+    new = [refilled(v, leaves, (*path, k)) for k, v in parts]
+    return type(x)(*new) if hasattr(x, "_fields") else type(x)(new)
+
+
+def _parts(x: Any) -> list[tuple[str, Any]] | None:
+    """What is directly below; None for a leaf."""
+    if tree.is_mapping(x):
+        return [(str(k), x[k]) for k in sorted(x)]
+    if isinstance(x, list | tuple):
+        return [(str(i), v) for i, v in enumerate(x)]
+    return [] if x is None else None
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return tree.qualified(*path) if len(path) == 2 else "/".join(path)
 
 
 def get_hyperparams(state: Any) -> dict[str, float]:

@@ -6,11 +6,12 @@ where the operator takes none, and 17 ms a step where it takes 8 (6.5M parameter
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fds._torch import fused_adamw, fused_sgd, opaque_operator
+from fds._torch import fused_adam, fused_sgd, opaque_operator
 
 _DTYPES = (torch.float32, torch.float64)
 _CHUNK = 2**18  # elements: with buffers for a parameter and its gradient, half of two cores' caches of 2 MB
@@ -27,10 +28,10 @@ def fits(params: Sequence[Tensor], grads: Sequence[Tensor], *moments: Sequence[T
     return bool(params) and all(map(one, params, grads, *moments))
 
 
-def _adamw(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], *rest: Tensor) -> None:
-    rate, b1, b2, eps, weight_decay, count, ok = rest
+def _adam(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], *rest: Any) -> None:
+    rate, b1, b2, eps, weight_decay, count, ok, decoupled = rest
     hyper = {"lr": rate, "beta1": b1, "beta2": b2, "eps": eps, "weight_decay": weight_decay}
-    fused = partial(fused_adamw, count=count, ok=ok, **{k: x.item() for k, x in hyper.items()})
+    fused = partial(fused_adam, count=count, ok=ok, decoupled=decoupled, **{k: x.item() for k, x in hyper.items()})
     _update(fused, params, grads, mu, nu)
 
 
@@ -72,10 +73,10 @@ def _in_chunks(fused: Callable[..., None], param: Tensor, grad: Tensor, *moments
             p.copy_(wide[0])
 
 
-adamw = opaque_operator(
-    "adamw_in_place",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] mu, Tensor(c!)[] nu, Tensor rate, Tensor b1, Tensor b2, Tensor eps, Tensor weight_decay, Tensor count, Tensor ok) -> ()",
-    _adamw,
+adam = opaque_operator(
+    "adam_in_place",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] mu, Tensor(c!)[] nu, Tensor rate, Tensor b1, Tensor b2, Tensor eps, Tensor weight_decay, Tensor count, Tensor ok, bool decoupled) -> ()",
+    _adam,
 )
 sgd = opaque_operator(
     "sgd_in_place",

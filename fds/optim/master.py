@@ -40,7 +40,11 @@ def with_master(tx: Optimizer, dtype: torch.dtype = torch.float32) -> Optimizer:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"with_master: dtype {dtype}, required torch.float32 or torch.float64")
     if tx.axis is not None:
-        raise ValueError("with_master: a sharded optimizer inside; turn it round: sharded(with_master(tx), axis)")
+        raise ValueError(
+            "with_master: an optimizer inside that reduces gradients itself; store float32, under cast('bfloat16')"
+            if tx.local
+            else "with_master: a sharded optimizer inside; turn it round: sharded(with_master(tx), axis)"
+        )
 
     def copies(params: Any) -> Any:
         return tree.map(lambda p: p.to(dtype, copy=True), params)
@@ -66,7 +70,7 @@ def with_master(tx: Optimizer, dtype: torch.dtype = torch.float32) -> Optimizer:
         wide = optree.tree_unflatten(spec, [attrs.evolve(p, held=p.held.to(dtype)) for p in parts])
         return [Member((0,), "master", Optimizer(copies, _never), params), Member((1,), "", tx, wide)]
 
-    return Optimizer(init, update, step=step, members=members)
+    return Optimizer(init, update, step=step, members=members, whole=tx.whole, named=tx.named)
 
 
 def _rounded(master: Tensor, param: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from fds import tree
 from fds._torch import opaque_operator
 from fds.layout import Part
 from fds.optim.base import Axis, Member, Norm, Optimizer, check_like
+from fds.optim.by_leaf import check_shards, messages, sharded_by_leaf
 from fds.sharding import collectives
 from fds.sharding.zero import pieces, shard_boxes, shard_of
 
 
-def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25) -> Optimizer:
+def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25, sum_dtype: torch.dtype | None = None) -> Optimizer:  # fmt: skip
     """Keep 1/n of the state on each of the n ranks, for parameters that every rank holds whole (ZeRO-1; with the reduced gradients, ZeRO-2).
 
     Gradients come in local to the rank (of its own mean loss) and are reduce-scattered to their mean, one flat shard per dtype; the rank
@@ -23,19 +24,31 @@ def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25) -> Optimize
 
     `bucket_bytes`: of a message, and so of the copy of gradients or parameters that a step makes for the wire.
 
+    For a `tx` that looks at leaves as wholes (`lamb`, `muon`, `partition`) no leaf is cut: each is one rank's, which the messages are as long as
+    the longest of, and the state of that rank has its size.
+
+    `sum_dtype`: gradients of fewer bits cross the wire, and are summed, in it, as float32 for parameters of bfloat16; `tx` gets the sums as they
+    are. Default: in their own.
+
     Law: the size of buckets changes no bit. What a rank holds does not depend on it.
 
     Raises `ValueError` for a `tx` that is sharded already, and for gradients that did not go through `reduce`.
     """
     if bucket_bytes < 1:
         raise ValueError(f"sharded: bucket_bytes={bucket_bytes!r}, required a number of bytes >= 1")
+    if sum_dtype is not None and not sum_dtype.is_floating_point:
+        raise ValueError(f"sharded: sum_dtype={sum_dtype!r}, required a floating dtype, as torch.float32")
     if tx.axis is not None:
         raise ValueError(
-            "sharded: the optimizer inside is sharded already; shard it once, outermost: sharded(tx, axis)"
+            f"sharded: the optimizer inside {'reduces gradients itself, and keeps whole moments on every rank; leave sharded() out' if tx.local else 'is sharded already; shard it once, outermost: sharded(tx, axis)'}"
         )
+    if tx.whole and sum_dtype is not None:
+        raise ValueError("sharded: sum_dtype with a rule of whole leaves (lamb, muon, partition), whose gradients are sent in their own dtype; leave it out")  # fmt: skip
+    if tx.whole:
+        return sharded_by_leaf(tx, axis, bucket_bytes)
 
     def reduce(grads: Any) -> dict[str, Tensor]:
-        return {k: _scattered(leaves, axis, bucket_bytes) for k, leaves in _by_dtype(grads).items()}
+        return {k: _scattered(leaves, axis, bucket_bytes, sum_dtype) for k, leaves in _by_dtype(grads).items()}
 
     def own(params: Any) -> dict[str, Tensor]:
         return {k: shard_of(leaves, axis) for k, leaves in _by_dtype(params).items()}
@@ -48,14 +61,14 @@ def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25) -> Optimize
 
     def update(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm = norm_over) -> tuple[Any, Any]:
         mine = own(params)
-        _check_shards(grads, mine)
+        check_shards(grads, {k: tuple(v.shape) for k, v in mine.items()})
         updates, state = tx.update(grads, state, mine, norm=norm)
         gathered = {k: _gathered(u.to(mine[k].dtype), axis, bucket_bytes) for k, u in updates.items()}
         return _unflat(gathered, params), state
 
     def step(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any] | None:  # fmt: skip
         mine = own(params)
-        _check_shards(grads, mine)
+        check_shards(grads, {k: tuple(v.shape) for k, v in mine.items()})
         done = None if tx.step is None else tx.step(grads, state, mine, norm=norm, ok=ok, donated=donated)
         if done is None:
             return None
@@ -82,15 +95,6 @@ def _shard(parts: list[Part], key: str, axis: Axis) -> Part:
     return Part(key, own, own, boxes, f"{axis.rank} of {axis.size}", all(p.host for p in parts))
 
 
-def _check_shards(grads: Any, mine: dict[str, Tensor]) -> None:
-    got = {k: tuple(v.shape) for k, v in grads.items() if isinstance(v, Tensor)}
-    want = {k: tuple(v.shape) for k, v in mine.items()}
-    if got != want:
-        raise ValueError(
-            f"sharded: gradients {got or sorted(grads)}, required shards {want}; pass tx.reduce(grads), of gradients in the parameters' dtypes"
-        )
-
-
 def _groups(params: Any) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
     for i, leaf in enumerate(optree.tree_leaves(params)):
@@ -103,25 +107,21 @@ def _by_dtype(params: Any) -> dict[str, list[Tensor]]:
     return {k: [leaves[i] for i in where] for k, where in _groups(params).items()}
 
 
-def _buckets(size: int, itemsize: int, axis: Axis, bucket_bytes: int) -> list[tuple[int, int]]:
-    """From which to which element of every rank's shard a message has, for all messages."""
-    width = max(bucket_bytes // (itemsize * axis.size), 1)
-    return [(a, min(a + width, size)) for a in range(0, size, width)]
-
-
-def _scattered(leaves: list[Tensor], axis: Axis, bucket_bytes: int) -> Tensor:
+def _scattered(leaves: list[Tensor], axis: Axis, bucket_bytes: int, sum_dtype: torch.dtype | None) -> Tensor:
     """This rank's 1/n of the mean over ranks of the concatenation of `leaves`. Their whole concatenation never exists."""
     size = -(-sum(t.numel() for t in leaves) // axis.size)
-    parts = [leaves[0].new_empty(0)]
-    for a, b in _buckets(size, leaves[0].element_size(), axis, bucket_bytes):
+    own = leaves[0].dtype
+    wire = own if sum_dtype is None or sum_dtype.itemsize <= own.itemsize else sum_dtype
+    parts = [leaves[0].new_empty(0, dtype=wire)]
+    for a, b in messages(size, wire.itemsize, axis, bucket_bytes):
         message = torch.cat([p for r in range(axis.size) for p in pieces(leaves, r * size + a, r * size + b)])
-        parts.append(collectives.scatter(message, axis, reduce="mean"))
+        parts.append(collectives.scatter(message.to(wire), axis, reduce="mean"))
     return parts[-1] if len(parts) < 3 else torch.cat(parts)
 
 
 def _gathered(shard: Tensor, axis: Axis, bucket_bytes: int) -> Tensor:
     """The concatenation of the ranks' shards."""
-    buckets = _buckets(shard.numel(), shard.element_size(), axis, bucket_bytes)
+    buckets = messages(shard.numel(), shard.element_size(), axis, bucket_bytes)
     if len(buckets) == 1:
         return collectives.gather(shard, axis)
     out = shard.new_empty(axis.size, shard.numel())
@@ -132,7 +132,7 @@ def _gathered(shard: Tensor, axis: Axis, bucket_bytes: int) -> Tensor:
 
 def _gather_into(leaves: list[Tensor], shard: Tensor, axis: Axis, bucket_bytes: int) -> None:
     """Write the ranks' shards over the leaves that they are the concatenation of: nothing is there twice but a message."""
-    for a, b in _buckets(shard.numel(), shard.element_size(), axis, bucket_bytes):
+    for a, b in messages(shard.numel(), shard.element_size(), axis, bucket_bytes):
         _fill(leaves, collectives.gather(shard[a:b], axis).view(axis.size, b - a), a, shard.numel())
 
 
@@ -170,7 +170,15 @@ def offloaded(tx: Optimizer, device: str = "cpu") -> Optimizer:
     if device != "cpu":
         raise ValueError(f"offloaded: device {device!r} is unknown; {tree.suggest(device, ['cpu'])}")
     if tx.axis is not None:
-        raise ValueError("offloaded: a sharded optimizer inside; turn it round: sharded(offloaded(tx), axis)")
+        raise ValueError(
+            "offloaded: an optimizer inside that reduces gradients itself, whose messages are of all leaves; leave offloaded() out"
+            if tx.local
+            else "offloaded: a sharded optimizer inside; turn it round: sharded(offloaded(tx), axis)"
+        )
+    if tx.named:
+        raise ValueError(
+            "offloaded: a partition inside, which has to see the names of all leaves; turn it round: partition({label: offloaded(tx), ...}, labels)"
+        )
 
     def init(params: Any) -> list[Any]:
         return [tree.map(_host, tx.init(p)) for p in optree.tree_leaves(params)]
@@ -190,7 +198,7 @@ def offloaded(tx: Optimizer, device: str = "cpu") -> Optimizer:
     def members(params: Any) -> list[Member]:
         return [Member((i,), "", tx, p, host=True) for i, p in enumerate(optree.tree_leaves(params))]
 
-    return Optimizer(init, update, members=members)
+    return Optimizer(init, update, members=members, whole=tx.whole)
 
 
 def _host(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Update rules: SGD, AdamW, clipping, scaling by a schedule."""
+"""Update rules of single elements: SGD, Adam, AdamW, Adagrad, Lion; clipping, scaling by a schedule."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,40 +10,7 @@ from torch import Tensor
 from fds import tree
 from fds.optim import in_place as kernels
 from fds.optim.base import Hyper, Norm, Optimizer, Schedule, check_like, checked, hyperparams, stateless
-
-Rate = float | Tensor | Schedule
-
-
-class RuleState(NamedTuple):
-    """State of a rule: updates so far (0-D int64), its moments by name, its hyperparameters."""
-
-    updates: Tensor
-    moments: dict[str, Any]
-    hyper: Hyper
-
-
-def _home(params: Any) -> torch.device:
-    """The device of the parameters; the host where they are on several: a number there meets tensors of every device."""
-    devices = {x.device for x in tree.leaves(params)}
-    return devices.pop() if len(devices) == 1 else torch.device("cpu")
-
-
-def _count(params: Any) -> Tensor:
-    return torch.zeros((), dtype=torch.int64, device=_home(params))
-
-
-def _moment(params: Any) -> Any:
-    """Zeros like `params`, in float32 for low-precision parameters: a second moment below 2^-24 is lost in bfloat16."""
-    return tree.map(lambda p: torch.zeros_like(p, dtype=torch.float32 if p.element_size() < 4 else p.dtype), params)
-
-
-def _rate(rate: Rate, state: RuleState) -> Tensor:
-    return rate(state.updates) if callable(rate) and not isinstance(rate, Tensor) else state.hyper["learning_rate"]
-
-
-def _to(hyper: Hyper, params: Any) -> Hyper:
-    """Hyperparameters beside the parameters."""
-    return {k: v.to(_home(params)) for k, v in hyper.items()}
+from fds.optim.state import Rate, RuleState, beside, counter, mass, moment, rate_of
 
 
 def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
@@ -62,15 +29,15 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
         raise ValueError("sgd: nesterov=True with momentum=0.0; required momentum > 0")
 
     def init(params: Any) -> RuleState:
-        moments = {"momentum": _moment(params)} if momentum else {}
+        moments = {"momentum": moment(params)} if momentum else {}
         hyper = hyperparams(learning_rate=learning_rate, weight_decay=weight_decay)
         return RuleState(
-            _count(params), moments, _to(hyper | (hyperparams(momentum=momentum) if momentum else {}), params)
+            counter(params), moments, beside(hyper | (hyperparams(momentum=momentum) if momentum else {}), params)
         )
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
         check_like(grads, params)
-        h, rate = state.hyper, _rate(learning_rate, state)
+        h, rate = state.hyper, rate_of(learning_rate, state)
         wide: Any = state.moments.get("momentum", params)  # float32 for parameters of low precision
 
         def decayed(g: Tensor, p: Tensor, m: Tensor) -> Tensor:
@@ -93,7 +60,7 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
         if not donated or not kernels.fits(p, g, *([m] if momentum else [])):
             return None
         h, none = state.hyper, torch.zeros((), dtype=torch.float64)
-        rate, decay = _rate(learning_rate, state), h["weight_decay"]
+        rate, decay = rate_of(learning_rate, state), h["weight_decay"]
         kernels.sgd(p, g, m, rate, h["momentum"] if momentum else none, decay, nesterov, ok)
         return params, state._replace(updates=state.updates + ok)
 
@@ -101,9 +68,12 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
 
 
 def adamw(
-    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, rounding_seed: int | None = None,
+    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, bias_correction: bool = True,
+    rounding_seed: int | None = None,
 ) -> Optimizer:  # fmt: skip
     """Adam with decoupled weight decay; the numerics of `torch.optim.AdamW`. Moments are float32 for low-precision parameters.
+
+    `bias_correction`: divide the moments by the weight that they hold so far, so that the first steps are as long as later ones.
 
     `rounding_seed`: round bfloat16 parameters up or down at random, so that updates below half of their last bit are not lost and no float32
     master is needed; for parameters of bfloat16 only. The bits depend on the seed, the update, the leaf and the place in it, so that another
@@ -112,23 +82,41 @@ def adamw(
     Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
     if rounding_seed is not None:
+        if not bias_correction:
+            raise ValueError("adamw: bias_correction=False together with rounding_seed; leave one of them out")
         return _by_operator(
             "adamw", learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, seed=rounding_seed
         )
-    checked("learning_rate", learning_rate)
-    checked("b1", b1)
-    checked("b2", b2)
-    checked("eps", eps)
-    checked("weight_decay", weight_decay)
+    return _adam(learning_rate, bias_correction, True, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+
+def adam(
+    learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, bias_correction: bool = True,
+) -> Optimizer:  # fmt: skip
+    """Adam with the decay of L2 regularisation, ``weight_decay * param`` added to the gradient; the numerics of `torch.optim.Adam`.
+
+    Without decay it is `adamw`. Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
+
+    >>> tx, p = adam(0.1, weight_decay=1.0), {"w": torch.ones(1)}
+    >>> tx.update({"w": torch.zeros(1)}, tx.init(p), p)[0]["w"]
+    tensor([-0.1000])
+    """
+    return _adam(learning_rate, bias_correction, False, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+
+def _adam(learning_rate: Rate, bias_correction: bool, decoupled: bool, **options: float) -> Optimizer:
+    for name, value in {"learning_rate": learning_rate, **options}.items():
+        checked(name, value)
 
     def init(params: Any) -> RuleState:
-        hyper = hyperparams(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-        return RuleState(_count(params), {"mu": _moment(params), "nu": _moment(params)}, _to(hyper, params))
+        hyper = hyperparams(learning_rate=learning_rate, **options)
+        return RuleState(counter(params), {"mu": moment(params), "nu": moment(params)}, beside(hyper, params))
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
         check_like(grads, params)
-        h, rate, count = state.hyper, _rate(learning_rate, state), state.updates + 1
-        first, second = _mass(h["b1"], count), _mass(h["b2"], count).sqrt()
+        h, rate, count = state.hyper, rate_of(learning_rate, state), state.updates + 1
+        one = torch.ones_like(rate)
+        first, second = (mass(h["b1"], count), mass(h["b2"], count).sqrt()) if bias_correction else (one, one)
 
         # A float64 scalar widens a 0-D leaf, and only that: hence the casts, which are nothing for all others.
         def average(m: Tensor, g: Tensor) -> Tensor:
@@ -138,9 +126,16 @@ def adamw(
             return (h["b2"] * v + (1 - h["b2"]) * g.to(v.dtype).square()).to(v.dtype)
 
         def step(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
-            direction = m / (v.sqrt() / second + h["eps"])
-            return (-(rate / first) * direction - (rate * h["weight_decay"]) * p).to(m.dtype)
+            change = -(rate / first) * (m / (v.sqrt() / second + h["eps"]))
+            return (change - (rate * h["weight_decay"]) * p if decoupled else change).to(m.dtype)
 
+        if not decoupled:
+            grads = tree.map(
+                lambda g, p, m: (g.to(m.dtype) + h["weight_decay"] * p.to(m.dtype)).to(m.dtype),
+                grads,
+                params,
+                state.moments["mu"],
+            )
         mu, nu = tree.map(average, state.moments["mu"], grads), tree.map(square, state.moments["nu"], grads)
 
         return tree.map(step, mu, nu, params), RuleState(count, {"mu": mu, "nu": nu}, h)
@@ -153,11 +148,49 @@ def adamw(
         p, g = tree.leaves(params), tree.leaves(grads)
         if not donated or not kernels.fits(p, g, mu, nu):
             return None
-        h, rate = state.hyper, _rate(learning_rate, state)
-        kernels.adamw(p, g, mu, nu, rate, h["b1"], h["b2"], h["eps"], h["weight_decay"], state.updates + 1, ok)
+        h, rate = state.hyper, rate_of(learning_rate, state)
+        # After so many updates there is nothing to correct: 1 - b**count is 1.
+        count = state.updates + 1 if bias_correction else torch.full_like(state.updates, 2**40)
+        kernels.adam(p, g, mu, nu, rate, h["b1"], h["b2"], h["eps"], h["weight_decay"], count, ok, decoupled)
         return params, state._replace(updates=state.updates + ok)
 
     return Optimizer(init, update, step=in_place)
+
+
+def adagrad(
+    learning_rate: Rate, *, eps: float = 1e-10, weight_decay: float = 0.0, rate_decay: float = 0.0, initial: float = 0.0
+) -> Optimizer:
+    """Steps over the root of the sum of all squared gradients; the numerics of `torch.optim.Adagrad` (decay added to the gradient).
+
+    `rate_decay`: the rate of the t-th update, from 0, is ``learning_rate / (1 + t * rate_decay)``. `initial`: what the sums begin with.
+
+    Duchi et al. 2011, JMLR 12, section 1.3 (the diagonal form).
+
+    >>> tx, p = adagrad(0.1), {"w": torch.ones(2)}
+    >>> tx.update({"w": torch.tensor([3.0, -0.5])}, tx.init(p), p)[0]["w"]
+    tensor([-0.1000,  0.1000])
+    """
+    options = {"eps": eps, "weight_decay": weight_decay, "rate_decay": rate_decay}
+    for name, value in {"learning_rate": learning_rate, **options, "initial": initial}.items():
+        checked(name, value)
+
+    def init(params: Any) -> RuleState:
+        hyper = hyperparams(learning_rate=learning_rate, **options)
+        sums = tree.map(lambda m: m + initial, moment(params))
+        return RuleState(counter(params), {"sum": sums}, beside(hyper, params))
+
+    def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
+        check_like(grads, params)
+        h, old = state.hyper, state.moments["sum"]
+        rate = rate_of(learning_rate, state) / (1 + state.updates * h["rate_decay"])
+        grads = tree.map(
+            lambda g, p, s: (g.to(s.dtype) + h["weight_decay"] * p.to(s.dtype)).to(s.dtype), grads, params, old
+        )
+        sums = tree.map(lambda s, g: s + g.square(), old, grads)
+        updates = tree.map(lambda s, g: (-rate * (g / (s.sqrt() + h["eps"]))).to(s.dtype), sums, grads)
+        return updates, RuleState(state.updates + 1, {"sum": sums}, h)
+
+    return Optimizer(init, update)
 
 
 def lion(learning_rate: Rate, *, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, rounding_seed: int | None = None) -> Optimizer:  # fmt: skip
@@ -191,8 +224,8 @@ def _zeros_of_8_bits(params: Any) -> dict[str, Any]:
 
 
 _MOMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "adamw": lambda params: {"mu": _moment(params), "nu": _moment(params)},
-    "lion": lambda params: {"mu": _moment(params)},
+    "adamw": lambda params: {"mu": moment(params), "nu": moment(params)},
+    "lion": lambda params: {"mu": moment(params)},
     "adamw8bit": _zeros_of_8_bits,
 }
 
@@ -205,7 +238,7 @@ def _by_operator(rule: str, learning_rate: Rate, *, seed: int | None, state_seed
 
     def init(params: Any) -> RuleState:
         return RuleState(
-            _count(params), _MOMENTS[rule](params), _to(hyperparams(learning_rate=learning_rate, **options), params)
+            counter(params), _MOMENTS[rule](params), beside(hyperparams(learning_rate=learning_rate, **options), params)
         )
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
@@ -213,7 +246,7 @@ def _by_operator(rule: str, learning_rate: Rate, *, seed: int | None, state_seed
 
         check_like(grads, params)
         step, count, h = getattr(kernels, f"{rule}_update"), state.updates + 1, state.hyper
-        settings = {"rate": _rate(learning_rate, state), "count": count, **seeds} | {k: h[k] for k in options}
+        settings = {"rate": rate_of(learning_rate, state), "count": count, **seeds} | {k: h[k] for k in options}
         changes: list[Tensor] = []
         moments: list[list[Tensor]] = []
         leaves, spec = optree.tree_flatten(params)
@@ -228,11 +261,6 @@ def _by_operator(rule: str, learning_rate: Rate, *, seed: int | None, state_seed
         return optree.tree_unflatten(spec, changes), RuleState(count, kept, h)
 
     return Optimizer(init, update)
-
-
-def _mass(b: Tensor, count: Tensor) -> Tensor:
-    """``1 - b**count``, as an expm1: Inductor computes that once, where it would put a power into the inner loop of every leaf."""
-    return -torch.expm1(count * b.log())
 
 
 class ClipState(NamedTuple):
@@ -252,7 +280,7 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
         raise ValueError(f"clip_by_global_norm: max_norm={max_norm!r}, required > 0")
 
     def init(params: Any) -> ClipState:
-        return ClipState(_to(hyperparams(max_norm=max_norm), params))
+        return ClipState(beside(hyperparams(max_norm=max_norm), params))
 
     def update(grads: Any, state: ClipState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, ClipState]:
         factor = (state.hyper["max_norm"] / (norm(grads) + 1e-6)).clamp(max=1.0)
@@ -271,7 +299,7 @@ def scale_by_schedule(schedule: Schedule) -> Optimizer:
     """Multiply updates by ``schedule(count)``, count = updates so far; after ``adamw(1.0)`` it is the learning rate."""
 
     def init(params: Any) -> RuleState:
-        return RuleState(_count(params), {}, {})
+        return RuleState(counter(params), {}, {})
 
     def update(grads: Any, state: RuleState, params: Any, *, norm: Norm = tree.norm) -> tuple[Any, RuleState]:
         factor = schedule(state.updates)

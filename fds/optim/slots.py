@@ -25,6 +25,7 @@ class Slot:
     host: bool
     window: Any  # of a store, where it is in one
     packed: bool = False  # the buffer at `path` has this tensor behind those of the slots before
+    carried: bool = False  # a rank's own, which begins at zero under another layout
 
 
 def slots(tx: Optimizer, params: Any, *, path: tuple[str, ...] = (), name: str = "", host: bool = False, window: Any = None) -> Iterator[Slot]:  # fmt: skip
@@ -42,7 +43,10 @@ def slots(tx: Optimizer, params: Any, *, path: tuple[str, ...] = (), name: str =
     for m in tx.members(params):
         inner = "/".join(filter(None, (name, m.name)))
         where = (*path, *map(str, m.path))
-        if m.window is None:
+        if m.carried:
+            for slot in slots(m.tx, m.params, path=where, name=inner, host=host, window=window):
+                yield attrs.evolve(slot, carried=True)
+        elif m.window is None:
             yield from slots(m.tx, m.params, path=where, name=inner, host=host or m.host, window=window)
         else:
             found = slots(m.tx, m.params, path=(*where, "1"), name=inner, host=host or m.host, window=m.window)

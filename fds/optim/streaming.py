@@ -44,7 +44,15 @@ def streamed(tx: Optimizer, store: Any, *, window: int = 2, bucket_bytes: int = 
     A state is spent by the next step. `ValueError` for a `tx` that is sharded, and for `update`, which has no way to say where parameters go.
     """
     if tx.axis is not None:
-        raise ValueError("streamed: a sharded optimizer inside; turn it round: sharded(streamed(tx, store), axis)")
+        raise ValueError(
+            "streamed: an optimizer inside that reduces gradients itself, whose messages are of all leaves; leave streamed() out"
+            if tx.local
+            else "streamed: a sharded optimizer inside; turn it round: sharded(streamed(tx, store), axis)"
+        )
+    if tx.named:
+        raise ValueError(
+            "streamed: a partition inside, which has to see the names of all leaves; turn it round: partition({label: streamed(tx, store), ...}, labels)"
+        )
     if window < 0 or bucket_bytes < 0:
         raise ValueError(f"streamed: window={window!r}, bucket_bytes={bucket_bytes!r}, required >= 0")
     stream = Stream(tx, Window(store, max(window, 1)), window, bucket_bytes)
@@ -54,7 +62,7 @@ def streamed(tx: Optimizer, store: Any, *, window: int = 2, bucket_bytes: int = 
             "streamed: no updates to add: parameters may be in a store; use fds.train_step, or tx.step(...)"
         )
 
-    return Optimizer(stream.init, update, step=stream, stream=stream, members=stream.members)
+    return Optimizer(stream.init, update, step=stream, stream=stream, members=stream.members, whole=tx.whole)
 
 
 @attrs.define(eq=False)

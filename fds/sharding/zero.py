@@ -1,13 +1,14 @@
 """`shard`: parameters stored as one flat shard per site (ZeRO-3), `replicate`: stored whole, gradients reduced (data parallel), and `zero`: both by stage."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fds import tree
 from fds.frame import FRAME
 from fds.layout import Boxes, Held, joined
 from fds.program import Lens, same
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 
 @direct
-def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
+def shard(
+    axis: Axis, *, reduce: str = "mean", threshold: int = 0, groups: Mapping[str, Iterable[str]] | None = None
+) -> Transform:
     """Store 1/n of every site's parameters on each of the n ranks of `axis`; gather them where they are used (ZeRO-3).
 
     One flat buffer per site, dtype and trainability, padded to a multiple of n; so one gather per site and call, and one
@@ -38,6 +41,8 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
         reduce: "mean" (the default): the gradient of local mean losses is that of the mean over the global batch. "sum": of their sum.
         threshold: leaves of fewer elements stay whole on every rank (their gradients are all-reduced). 0: none; flat buffers
             make small leaves cost no message of their own.
+        groups: patterns of leaves by name: leaves of different groups do not share a buffer, for an optimizer that treats them differently
+            (`optim.grouped`). A gather for each.
 
     Law: ``restore(place(p)) == p``; over n ranks values and gradients equal one process on the global batch.
     Rajbhandari et al. 2020, arXiv:1910.02054, section 5.3.
@@ -50,10 +55,13 @@ def shard(axis: Axis, *, reduce: str = "mean", threshold: int = 0) -> Transform:
     options: dict[str, Any] = {"axis": axis, "reduce": reduce}
     if threshold:
         options["threshold"] = threshold
+    apart = {g: (p,) if isinstance(p, str) else tuple(p) for g, p in (groups or {}).items()}
+    if apart:
+        options["groups"] = apart
     return Transform(
         "shard",
         tuple(options.items()),
-        lens=lambda p: _flat_lens(parameters(p), axis, reduce, threshold, p.axes),
+        lens=lambda p: _flat_lens(parameters(p), axis, reduce, threshold, p.axes, apart),
         provides=frozenset(["flat", "layout"]),
         conflicts=frozenset(["whole"]),
         axes=(axis,),
@@ -157,7 +165,7 @@ def zero(stage: int, axis: Axis, *, replicas: Axis | None = None) -> Zero:
     return Zero(chain(own, again), partial(sharded, axis=axis) if stage in (1, 2) else same)
 
 
-def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Mapping[str, tuple[Any, ...]] = {}) -> Lens | None:  # fmt: skip
+def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Mapping[str, tuple[Any, ...]] = {}, apart: Mapping[str, tuple[str, ...]] = {}) -> Lens | None:  # fmt: skip
     """`split`: the axes over which leaves are split already; those that are not have a buffer of their own, for norms count them once."""
     groups: dict[str, list[str]] = {}
     axes: dict[str, tuple[Any, ...]] = {}
@@ -166,6 +174,8 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Map
             over = split.get(name, ())
             key = ".".join(["shard", str(leaf.dtype).removeprefix("torch."), *(a.name for a in over), *([] if leaf.requires_grad else ["frozen"])])  # fmt: skip
             key = f"{key}.{axis.name}" if key in spec else key  # a shard over an axis of one rank
+            group = tree.group_of(name, apart) if apart and leaf.requires_grad else None
+            key = key if group is None else f"{key}.{group}"
             groups.setdefault(key, []).append(name)
             axes[key] = (*over, axis) if axis.size > 1 else over
     if not spec:

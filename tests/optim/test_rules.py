@@ -36,6 +36,14 @@ RULES = {
         lambda: optim.adamw(0.01, b1=0.0),
         lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.0, 0.999), weight_decay=0.0),
     ),
+    "adam decay": (
+        lambda: optim.adam(0.01, b1=0.8, b2=0.99, eps=1e-6, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1),
+    ),
+    "adagrad": (
+        lambda: optim.adagrad(0.1, weight_decay=0.1, rate_decay=0.01, initial=0.2),
+        lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.01, weight_decay=0.1, initial_accumulator_value=0.2),
+    ),
 }
 EVERY = {k: make for k, (make, _) in RULES.items()} | {
     "chain": lambda: optim.chain(
@@ -46,6 +54,16 @@ EVERY = {k: make for k, (make, _) in RULES.items()} | {
     "offloaded": lambda: optim.offloaded(optim.adamw(0.1)),
     "lion": lambda: optim.lion(0.01, weight_decay=0.1),
     "adamw8bit": lambda: optim.adamw8bit(0.01, weight_decay=0.1),
+    "uncorrected": lambda: optim.adamw(0.01, weight_decay=0.1, bias_correction=False),
+    "lamb": lambda: optim.lamb(0.01, weight_decay=0.1),
+    "lamb bounded": lambda: optim.lamb(0.01, min_ratio=0.01, max_ratio=10.0, correction="rate", eps_inside=True),
+    "partition": lambda: optim.partition(
+        {
+            "muon": optim.muon(0.02, dtype=torch.float32),
+            "rest": optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(0.01)),
+        },
+        lambda name, leaf: "muon" if leaf.dim() == 2 else "rest",
+    ),
 }
 
 
@@ -281,14 +299,34 @@ def test_in_place_equals_the_update_and_skips(name, dtype):
             want = optim.apply_updates(want, updates)
         p, state = guarded_step(tx, g, state, p, norm=tree.norm, ok=torch.tensor(ok), donated=True)
     close((p, state), (want, kept))
-    if tx.step is not None and dtype != torch.bfloat16:
+    if tx.step is not None and dtype != torch.bfloat16 and name != "partition":  # where only some have such a form
         assert [x.data_ptr() for x in tree.leaves(p)] == homes
 
 
 def test_rules_and_chains_have_an_in_place_form():
     clip = optim.clip_by_global_norm(1.0)
-    assert optim.adamw(0.1).step and optim.sgd(0.1).step and optim.chain(clip, optim.adamw(0.1)).step
+    assert (
+        optim.adamw(0.1).step
+        and optim.adam(0.1).step
+        and optim.sgd(0.1).step
+        and optim.chain(clip, optim.adamw(0.1)).step
+    )
     assert optim.chain(optim.adamw(0.1), clip).step is None and optim.chain().step is None
+
+
+def test_moments_without_correction_are_as_they_are():
+    p, tx = params(torch.float64), optim.adamw(0.01, b1=0.8, b2=0.9, weight_decay=0.1, bias_correction=False)
+    got, want, m, v = run(tx, p, 5)[0], p, *[tree.map(torch.zeros_like, p)] * 2
+    for i in range(5):
+        g = gradients(p, i)
+        m, v = (
+            tree.map(lambda m, g: 0.8 * m + 0.2 * g, m, g),
+            tree.map(lambda v, g: 0.9 * v + 0.1 * g * g, v, g),
+        )
+        want = tree.map(lambda p, m, v: p - 0.01 * (m / (v.sqrt() + 1e-8) + 0.1 * p), want, m, v)
+    close(got, want)
+    with pytest.raises(ValueError, match=r"bias_correction=False together with rounding_seed"):
+        optim.adamw(0.1, bias_correction=False, rounding_seed=0)
 
 
 def test_lion_is_its_formula():
