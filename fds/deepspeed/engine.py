@@ -24,7 +24,9 @@ from fds.deepspeed.monitor import Monitor
 from fds.deepspeed.timers import Throughput, Timers
 from fds.frame import Frame, scoped, with_updates
 from fds.grad import NO_HOOKS
+from fds.leaves import Leaves
 from fds.lowering import lowered
+from fds.offload import compute_device
 from fds.program import Axis, Program
 from fds.randomness import fold
 from fds.sharding import CommsLogger
@@ -73,7 +75,10 @@ class Engine(Answers):
         self._forget()
         self._show()
 
-    def _first(self, params: Any) -> TrainState:
+    def _first(self, given: Any) -> TrainState:
+        params, device = given, compute_device()
+        if device.type != "cpu":  # the client's module stays where it is; what is placed goes site by site
+            params = Leaves(list(given), lambda k: given[k].to(device), "the model")
         if self._built is not None:
             return self._built.init(params)
         zero = torch.zeros((), dtype=torch.int64)
@@ -478,7 +483,8 @@ class WithLowered:
     """Backward passes and updates under the products that calls are made with (`fds.lowering`)."""
 
     def __enter__(self) -> None:
-        from fds.lowering import WideProducts, emulated
+        from fds.leaves import Leaves
+from fds.lowering import WideProducts, emulated
 
         slow = emulated()
         self.mode: Any = WideProducts(slow) if slow else nullcontext()
