@@ -483,8 +483,7 @@ class WithLowered:
     """Backward passes and updates under the products that calls are made with (`fds.lowering`)."""
 
     def __enter__(self) -> None:
-        from fds.leaves import Leaves
-from fds.lowering import WideProducts, emulated
+        from fds.lowering import WideProducts, emulated
 
         slow = emulated()
         self.mode: Any = WideProducts(slow) if slow else nullcontext()
