@@ -50,6 +50,7 @@ examples: $(VENV)/ready
 # Configurations as people use them, in fds and in the real DeepSpeed: the same losses. The peer is installed first, so it is no part of `make test`.
 test-deepspeed: $(VENV)/ready .venv-peers/ready
 	$(BIN)/python benchmarks/deepspeed_parity.py --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/report.py benchmarks/results/deepspeed_parity.json
 
 bench-train: $(VENV)/ready .venv-peers/ready
 	$(BIN)/python benchmarks/train.py --peer-python .venv-peers/bin/python

@@ -329,7 +329,23 @@ def spliced(text: str, name: str, body: str) -> str:
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, text, flags=re.DOTALL)
 
 
+def parity(result: Json) -> str:
+    """The table of `deepspeed_parity.py`."""
+    own, peer = (", ".join(f"{k} {v}" for k, v in result[x].items()) for x in ("versions", "peer_versions"))
+    head = ["configuration", "loss, first", f"DeepSpeed, step {result['steps']}", f"fds, step {result['steps']}", "largest difference", "allowed"]  # fmt: skip
+    rows = [_parity_row(r) for r in result["rows"]]
+    return f"Here: {own}. Peer: {peer}.\n\n{table(head, rows)}"
+
+
+def _parity_row(row: Json) -> list[str]:
+    if "difference" not in row:
+        return [row["case"], *["failed"] * 4, f"{row['tolerance']:g}"]
+    ours, theirs = row["fds"]["losses"], row["deepspeed"]["losses"]
+    return [row["case"], f"{theirs[0]:.4f}", f"{theirs[-1]:.4f}", f"{ours[-1]:.4f}", f"{row['difference']:.1e}", f"{row['tolerance']:g}"]  # fmt: skip
+
+
 RENDERERS = {
+    "deepspeed_parity": parity,
     "train": train,
     "zero": train,
     "states": states,

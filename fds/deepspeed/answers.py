@@ -16,9 +16,12 @@ class Answers:
     config: Any
     optimizer: Any
     metrics: dict[str, Any]
-    state: TrainState
     _built: TrainStep | None
     _applied: bool
+
+    @property
+    def state(self) -> TrainState:
+        raise NotImplementedError
 
     def get_global_grad_norm(self) -> float | None:
         """The norm of the last step's gradients before clipping, over all ranks; None before the first step."""

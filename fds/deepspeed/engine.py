@@ -24,7 +24,9 @@ from fds.deepspeed.monitor import Monitor
 from fds.deepspeed.timers import Throughput, Timers
 from fds.frame import Frame, scoped, with_updates
 from fds.grad import NO_HOOKS
+from fds.leaves import Leaves
 from fds.lowering import lowered
+from fds.offload import compute_device
 from fds.program import Axis, Program
 from fds.randomness import fold
 from fds.sharding import CommsLogger
@@ -39,8 +41,8 @@ class Engine(Answers):
     boundary of accumulation, and is nothing before it. ``engine.train_batch(iterator)`` is all of that for one step. An order that cannot be meant is
     a `ValueError` that says what comes before.
 
-    * `program`, `step`, `state`: the functional objects. The state is that of the last step; the next one writes over it.
-    * `module`: a module with the present weights (`ValueError` never, but see there).
+    * `program`, `step_function`, `state`: the functional objects. The state is that of the last step; the next one writes over it.
+    * `module`: a module with the present weights.
     * `recipe`: the program that built it; ``print(engine.recipe.source())``.
     """
 
@@ -55,7 +57,9 @@ class Engine(Answers):
         self._modes = [m.training for m in model.modules()]
         self._training, self._switched = model.training, False
         self._hyper = Hyperparameters(optimizer, schedules) if optimizer is not None else None
-        self.state: TrainState = self._first(built["params"])
+        self._live: Stored | None = None
+        self._backwards = 0
+        self._state = self._first(built["params"])
         self.global_steps, self.skipped_steps, self.micro_steps, self.global_samples = 0, 0, 0, 0
         self.metrics: dict[str, Any] = {}
         self._applied = False
@@ -73,7 +77,10 @@ class Engine(Answers):
         self._forget()
         self._show()
 
-    def _first(self, params: Any) -> TrainState:
+    def _first(self, given: Any) -> TrainState:
+        params, device = given, compute_device()
+        if device.type != "cpu":  # the client's module stays where it is; what is placed goes site by site
+            params = Leaves(list(given), lambda k: given[k].to(device), "the model")
         if self._built is not None:
             return self._built.init(params)
         zero = torch.zeros((), dtype=torch.int64)
@@ -86,6 +93,17 @@ class Engine(Answers):
     def program(self) -> Program:
         """The program that is trained, with all transformations."""
         return self._programs[None]
+
+    @property
+    def state(self) -> TrainState:
+        """The pure step's state: parameters as they are stored, the optimizer's, counts. Set it to go on from another one."""
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        if self._backwards:
+            raise ValueError("state: set in the middle of an accumulation, whose gradients are of the old parameters; after engine.step(), or engine.zero_grad()")  # fmt: skip
+        self._state, self._live = state, None
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -257,14 +275,14 @@ class Engine(Answers):
             carried = {s: {k: v for k, v in part.items() if k in self.program.sites[s].carries} for s, part in self._updates.items()}  # fmt: skip
             meant = mean_over(buffers, self.axes)
             updates = {s: {**meant[s], **carried[s]} for s in meant}
-            self.state, self.metrics = apply_gradients(step, state, value, grads, updates, {}, donated=True)
+            self._state, self.metrics = apply_gradients(step, state, value, grads, updates, {}, donated=True)
         self._forget()
 
     def _pushed(self) -> TrainState:
         """The state, with the hyperparameters that the client's optimizer has now."""
         if self._hyper is not None:
-            self.state = self.state._replace(optimizer=self._hyper.push(self.state.optimizer))
-        return self.state
+            self._state = self._state._replace(optimizer=self._hyper.push(self._state.optimizer))
+        return self._state
 
     def _after(self, lr_kwargs: Any = None) -> None:
         """What follows an update: counters, the client's scheduler, lines and events."""
@@ -290,7 +308,7 @@ class Engine(Answers):
         self._forget()
 
     def _forget(self) -> None:
-        self._live: Stored | None = None
+        self._live = None
         self._updates: Stored = {}
         self._losses: list[Tensor] = []
         self._since = self._calls = self._backwards = 0
