@@ -156,7 +156,7 @@ class _Given:
     def __getitem__(self, key: str) -> Any:
         return self.params.get(key, OPTIMIZERS[self.name][key][0])
 
-    def get(self, key: str, default: Any) -> Any:
+    def get(self, key: str, default: Any = None) -> Any:
         """What was given, or `default`."""
         return self.params.get(key, default)
 
