@@ -269,7 +269,8 @@ def _parts(x: Any) -> list[tuple[str, Any]] | None:
     if tree.is_mapping(x):
         return [(str(k), x[k]) for k in sorted(x)]
     if isinstance(x, list | tuple):
-        return [(str(i), v) for i, v in enumerate(x)]
+        values: Sequence[Any] = x
+        return [(str(i), v) for i, v in enumerate(values)]
     return [] if x is None else None
 
 
