@@ -96,7 +96,8 @@ def orthogonal(x: Tensor, *, steps: int = 5, coefficients: Sequence[float] = COE
     """
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    size: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = x / size.clamp(min=eps)
     square = x.shape[-2] == x.shape[-1]
     x = _METHODS["standard" if square else method](x, steps, coefficients)
     return x.mT if tall else x
