@@ -1,0 +1,1 @@
+"""DeepSpeed's front door: its names, over the transformations of fds."""
