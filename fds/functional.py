@@ -7,7 +7,8 @@ that answers there; this is how transformations act on blocks without a hook or 
 
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -324,8 +325,20 @@ class ModuleCore:
 
     def call(self, path: str, leaves: Params, *args: Any, **kwargs: Any) -> Any:
         """Run the module at `path` with `leaves` in its registries. Buffers are copied first: a forward may write to them."""
+        module = self._modules[path]
+        self._check_extras(path, leaves, self._slots_of(path))
+        running = scoped(leaves=leaves, running=(self, path), training=module.training)
+        with self.swapped(path, leaves) as updated:
+            with running, randomness(module.training):
+                out = self._forwards[path](*args, **kwargs) if path in self._forwards else module(*args, **kwargs)
+            updates = updated()
+        return Mutated(out, updates) if updates else out
+
+    @contextmanager
+    def swapped(self, path: str, leaves: Mapping[str, Tensor]) -> Iterator[Callable[[], Params]]:
+        """`leaves` in the registries of the module at `path` and of those inside of it, buffers as copies. Gives a function that says which
+        buffers were written to so far."""
         module, slots = self._modules[path], self._slots_of(path)
-        self._check_extras(path, leaves, slots)
         held = [s.registry[s.key] for s in slots]
         copies: dict[str, tuple[Tensor, int]] = {}
         for s in slots:
@@ -335,14 +348,15 @@ class ModuleCore:
                 copies[s.leaf] = (leaf, leaf._version)
         _refresh_flat_weights(module)
         try:
-            with scoped(leaves=leaves, training=module.training), randomness(module.training):
-                out = self._forwards[path](*args, **kwargs) if path in self._forwards else module(*args, **kwargs)
-            updates = {s.leaf: s.registry[s.key] for s in slots if s.buffer and _changed(s, *copies[s.leaf])}
+            yield lambda: {s.leaf: s.registry[s.key] for s in slots if s.buffer and _changed(s, *copies[s.leaf])}
         finally:
             for s, t in zip(slots, held, strict=True):
                 s.registry[s.key] = t
             _refresh_flat_weights(module)
-        return Mutated(out, updates) if updates else out
+
+    def present(self, path: str) -> Params:
+        """What is in the registries of the module at `path` and of those inside of it right now."""
+        return {s.leaf: s.registry[s.key] for s in self._slots_of(path)}
 
     def _check_extras(self, path: str, leaves: Params, slots: list[_Slot]) -> None:
         """A leaf that no slot takes has to belong to a wrapped module, which takes it out itself."""
