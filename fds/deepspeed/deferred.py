@@ -6,7 +6,7 @@ so a module's constructor, whatever it does to its parameters, has its effect on
 A tensor is known by its storage and its place in it, so that views, ``.data``, `nn.Parameter` and `detach` need no rule of their own. Random operators draw
 from a generator that is seeded by the seed given to `make` and the number of the operator: the same values on every rank, in any order.
 
-Literals (`torch.tensor`), ranges, and constants of fewer than `SMALL` elements stay real, for constructors that read them.
+To the constructor they seem to be in host memory. Literals (`torch.tensor`), ranges, and constants of fewer than `SMALL` elements stay real, for constructors that read them.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,11 +16,14 @@ import attrs
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fds.initial import seeded
 
 aten: Any = torch.ops.aten
+_IS_META: Any = torch.Tensor.is_meta
+_DEVICE: Any = torch.Tensor.device
 SMALL = 1024
 _BLANK = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}  # fmt: skip
 _RANDOM = {aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default}
@@ -60,10 +63,19 @@ class Deferred(TorchDispatchMode):
         self._held: list[Tensor] = []  # a tensor of every storage, so that none is another one's successor
         self._ops: dict[int, list[_Op]] = {}  # storage -> the operators that write to it
         self._count = 0
+        self._pretence = _Pretence(self)
 
     def knows(self, x: Tensor) -> bool:
         """Whether `x` was made here."""
-        return x.is_meta and x.untyped_storage()._cdata in self._numbers
+        return x.layout == torch.strided and x.untyped_storage()._cdata in self._numbers
+
+    def __enter__(self) -> Any:
+        self._pretence.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._pretence.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,7 +99,9 @@ class Deferred(TorchDispatchMode):
         before = {x.untyped_storage()._cdata for x in flat if isinstance(x, Tensor) and self.knows(x)}
         metas = [_on_meta(x) for x in flat]
         meta_args, meta_kwargs = pytree.tree_unflatten(metas, spec)
-        out = func(*meta_args, **({**meta_kwargs, "device": torch.device("meta")} if _has_device(func) else meta_kwargs))
+        out = func(
+            *meta_args, **({**meta_kwargs, "device": torch.device("meta")} if _has_device(func) else meta_kwargs)
+        )
         outs = [o for o in pytree.tree_leaves(out) if isinstance(o, Tensor)]
         fresh = [o for o in outs if o.untyped_storage()._cdata not in before]
         if fresh or mutated:
@@ -178,6 +192,20 @@ class Deferred(TorchDispatchMode):
                     found[op.number] = op
                     left += [(r, op.number) for r in op.reads]
         return [found[n] for n in sorted(found)]
+
+
+class _Pretence(TorchFunctionMode):
+    """What is not there says that it is in host memory: initialisers ask, and leave out what is on the meta device (`torch.nn.init.orthogonal_`)."""
+
+    def __init__(self, record: Deferred) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = func in (_IS_META.__get__, _DEVICE.__get__)
+        if asked and self.record.knows(args[0]):
+            return False if func == _IS_META.__get__ else torch.device("cpu")
+        return func(*args, **(kwargs or {}))
 
 
 def _made_here(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:

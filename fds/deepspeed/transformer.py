@@ -256,7 +256,9 @@ class DeepSpeedTransformerLayer(nn.Module):
                  "past_key_value": past_key_value, "output_attentions": output_attentions, "grads": grads, **others}  # fmt: skip
         for name, x in named.items():
             if x is not None and x is not False and not (name == "use_cache" and self.training is False):
-                raise ValueError(f"DeepSpeedTransformerLayer: {name} is not there; leave it out, or use the model's own layer")
+                raise ValueError(
+                    f"DeepSpeedTransformerLayer: {name} is not there; leave it out, or use the model's own layer"
+                )
         params = dict(self.named_parameters())
         x = hidden_states
         if self.config.fp16:

@@ -2,9 +2,8 @@
 
     with fds.zero.Init():
         model = Model()  # nothing is allocated; what the constructor does to its parameters is written down
-    program, _ = fds.functionalize(model)
-    program = fds.shard(program, mesh["dp"])
-    stored = program.place(zero.parameters(model))  # leaf by leaf: a rank has its part, and one site
+    program, params = fds.functionalize(model)  # `params` makes a leaf when it is asked for one
+    stored = fds.shard(program, mesh["dp"]).place(params)  # site by site: a rank has its part, and one site
 
 `GatheredParameters` shows parameters whole for the time of a block, and brings back what one rank has written. It takes what `Init` made, and the leaves of a
 running state: those of a module that `attach` has tied to it, or `leaves(owner, pattern)`. Without a context manager the same is two pure functions:
@@ -33,7 +32,7 @@ from fds.deepspeed.needs import (
     estimate_zero3_model_states_mem_needs_all_cold,
     estimate_zero3_model_states_mem_needs_all_live,
 )
-from fds.leaves import Leaves
+from fds.leaves import MAKE, Leaves, made
 from fds.program import Program
 from fds.sharding import collectives
 from fds.sharding.mesh import Axis, mesh
@@ -72,8 +71,8 @@ class Home(Protocol):
 class Init:
     """A context in which a module is built without its parameters: they are on the meta device, and their initialisation is written down (`deferred.py`).
 
-    `parameters(module)` gives their values leaf by leaf, as the constructor would have made them: `program.place` and `step.init` take it, so that at no time a
-    rank has more than what it stores, and one site. Random values depend on rank 0's `torch.initial_seed()` and on the number of the operator in the
+    The parameters that `fds.functionalize` returns for it are made leaf by leaf, as the constructor would have made them, when `program.place` or `step.init` asks
+    for them, so that at no time a rank has more than what it stores, and one site. `parameters(module)` is the same without a program. Random values depend on rank 0's `torch.initial_seed()` and on the number of the operator in the
     constructor, and are the same on every rank and mesh; they are not those that the constructor would have drawn from a running generator.
 
     Args:
@@ -197,6 +196,8 @@ def _refuse(name: str, given: bool, fix: str) -> None:
 
 def _tag(x: Tensor, home: Any) -> None:
     setattr(x, _HOME, home)
+    if isinstance(home, _Made):
+        setattr(x, MAKE, home.make)
 
 
 def _axis(group: Any) -> Axis:
@@ -217,9 +218,9 @@ class _Made:
         return collectives.process_group(self.axis.group) if self.axis.size > 1 else None
 
     def read(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
-        return [self.make(p, "a parameter") for p in params]
+        return [self.make("a parameter", p) for p in params]
 
-    def make(self, x: Tensor, name: str) -> Tensor:
+    def make(self, name: str, x: Tensor) -> Tensor:
         return self.record.make(x, self.seed, name) if self.record.knows(x) else x.detach()
 
     def write(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
@@ -235,9 +236,9 @@ def _joined(part: Tensor, axis: Axis, shape: torch.Size) -> Any:
 
 
 def parameters(module: nn.Module) -> Leaves:
-    """The parameters and buffers of a module that was built under `Init`, by name, each made when it is asked for: what `program.place` and `step.init` take.
+    """The parameters and buffers of a module that was built under `Init`, by name, each made when it is asked for. `fds.functionalize` returns them as well.
 
-    Leaves that are real are handed out as they are. All ranks have to ask for the same leaves in the same order, as `place` does.
+    Leaves that are real are handed out as they are. All ranks have to ask for the same leaves in the same order, as `program.place` does.
 
     Raises `ValueError`, when asked for it, for a leaf on the meta device that no `Init` made, or that nothing initialises.
     """
@@ -247,14 +248,12 @@ def parameters(module: nn.Module) -> Leaves:
         found.setdefault(names.setdefault(id(x), name), x)
 
     def make(name: str) -> Tensor:
-        x, home = found[name], getattr(found[name], _HOME, None)
-        if not x.is_meta:
-            return x.detach()
-        if isinstance(home, _Made) and home.record.knows(x):
-            return home.make(x, name)
-        raise ValueError(
-            f"{name}: on the meta device, and not built under zero.Init; use fds.init_params(program) or fds.load(path, program)"
-        )
+        x = made(name, found[name])
+        if x.is_meta:
+            raise ValueError(
+                f"{name}: on the meta device, and not built under zero.Init; use fds.init_params(program) or fds.load(path, program)"
+            )
+        return x
 
     return Leaves(list(found), make, f"{type(module).__name__}, built under zero.Init")
 
@@ -412,7 +411,7 @@ class GatheredParameters:
         self.params = list(dict.fromkeys(given)) if enabled else []
         self.modifier_rank = modifier_rank
         self._away: list[tuple[nn.Parameter, nn.Parameter]] = []  # whole now; what it was
-        self._before: list[int] = []
+        self._before: list[Any] = []
 
     def __enter__(self) -> list[nn.Parameter]:
         for p in self.params:
@@ -484,6 +483,9 @@ def _swap(p: nn.Parameter, other: nn.Parameter) -> None:
     torch.utils.swap_tensors(p, other)
 
 
-def _digest(x: Tensor) -> int:
-    """A number that tells values apart; 0 for no values."""
-    return int(torch.hash_tensor(x.detach())) if x.numel() else 0
+def _digest(x: Tensor) -> tuple[Any, ...]:
+    """Numbers that tell values apart: a hash, which equal numbers cancel out of, and a sum."""
+    x = x.detach()
+    if not x.numel():
+        return ()
+    return int(torch.hash_tensor(x).view(torch.int64)), float(x.double().sum()).hex()

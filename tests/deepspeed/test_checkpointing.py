@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import traceback
 import weakref
 
 import pytest
@@ -202,7 +203,9 @@ def test_torch_func():
     close(torch.func.grad(f)(w, x), torch.func.grad(g)(w, x))
     close(torch.func.vmap(torch.func.grad(f), (None, 0))(w, x), torch.func.vmap(torch.func.grad(g), (None, 0))(w, x))
     close(torch.func.jvp(f, (w, x), (w, x)), torch.func.jvp(g, (w, x), (w, x)))
-    with pytest.raises(ValueError, match=r"1 tensors that take a gradient and are not its arguments, the first \(3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"1 tensors that take a gradient and are not its arguments, the first \(3, 3\)"
+    ):
         torch.func.grad(lambda w: checkpoint(lambda x: x @ w, x).sum())(w)
 
 
@@ -229,8 +232,9 @@ def test_configure(tmp_path, caplog):
         logging.getLogger("fds.deepspeed").removeHandler(caplog.handler)
     assert {"checkpoint sin: forward", "checkpoint sin: backward"} <= {r.message.rsplit(" ", 2)[0] for r in caplog.records}  # fmt: skip
     compiled = fds.compile(lambda x: checkpoint(torch.sin, x).sum(), backend="aot_eager")
-    with pytest.raises(Exception, match="synchronize and profile are for eager calls"):
+    with pytest.raises(Exception) as caught:  # what Dynamo makes of it
         compiled(torch.ones(2, requires_grad=True))
+    assert "synchronize and profile are for eager calls" in "".join(traceback.format_exception(caught.value))
 
 
 def test_reset_lets_go_of_what_no_backward_asks_for():

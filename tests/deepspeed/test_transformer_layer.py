@@ -14,15 +14,17 @@ from transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm impo
 import fds
 from fds.deepspeed.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 
-B, S, H, I, HEADS = 3, 10, 32, 64, 4
+B, S, H, WIDE, HEADS = 3, 10, 32, 64, 4
 OPTIONS = ("normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint", "stochastic_mode")
 
 
 def hugging_face(pre, *, dropout=0.0, implementation="eager", act="gelu"):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=H, num_attention_heads=HEADS, intermediate_size=I, hidden_act=act, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    sizes = dict(hidden_size=H, num_attention_heads=HEADS, intermediate_size=WIDE, hidden_act=act, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
                  attn_implementation=implementation)  # fmt: skip
-    layer = RobertaPreLayerNormLayer(tf.RobertaPreLayerNormConfig(**sizes)) if pre else BertLayer(tf.BertConfig(**sizes))
+    layer = (
+        RobertaPreLayerNormLayer(tf.RobertaPreLayerNormConfig(**sizes)) if pre else BertLayer(tf.BertConfig(**sizes))
+    )
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(0.1 * torch.randn(p.shape))
@@ -67,7 +69,6 @@ def test_equal_to_the_hugging_face_layer(pre, act):
         ours = DeepSpeedTransformerLayer.from_hugging_face(theirs, **options)
         assert_same(gradients(ours, hidden, mask), want)
         assert_same(ours(hidden, mask == 0), want[0])
-
 
 
 class Stack(nn.Module):
@@ -143,7 +144,7 @@ def test_what_is_kept_is_what_is_claimed(pre, dropout):
     norms = 2 if pre else 1
     assert saved == {
         "normalize_invertible": norms * 4 * (size + B * S),
-        "gelu_checkpoint": 4 * B * S * I,
+        "gelu_checkpoint": 4 * B * S * WIDE,
         "attn_dropout_checkpoint": 4 * scores * (dropout > 0),
         "stochastic_mode": (scores + 2 * size - 4 * 8) * (dropout > 0),
     }
@@ -169,7 +170,7 @@ def test_options_change_no_value_of_a_plain_module(pre):
 def test_under_torch_func():
     """grad, vmap(grad), jvp and grad of grad with everything recomputed, against the same with nothing."""
     theirs = hugging_face(False)
-    hidden, mask = rows()
+    hidden, _ = rows()
     results = []
     for options in ({}, dict.fromkeys(OPTIONS, True)):
         layer = DeepSpeedTransformerLayer.from_hugging_face(theirs, attn_dropout_ratio=0.2, hidden_dropout_ratio=0.2, training=True, **options)  # fmt: skip
@@ -217,7 +218,7 @@ def test_compiled_step(pre):
 
 def test_in_the_place_of_the_layers_of_a_model():
     torch.manual_seed(0)
-    config = tf.BertConfig(vocab_size=50, hidden_size=H, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=I, max_position_embeddings=16)  # fmt: skip
+    config = tf.BertConfig(vocab_size=50, hidden_size=H, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=WIDE, max_position_embeddings=16)  # fmt: skip
     model = tf.BertModel(config).eval()
     batch = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
     want = model(**batch).last_hidden_state
@@ -235,7 +236,9 @@ def base(**changes):
 def test_configuration(tmp_path):
     fields = {f.name: f.default for f in attrs.fields(DeepSpeedTransformerConfig)}
     assert list(fields)[:8] == ["batch_size", "hidden_size", "intermediate_size", "heads", "attn_dropout_ratio", "hidden_dropout_ratio", "num_hidden_layers", "initializer_range"]  # fmt: skip
-    assert fields["pre_layer_norm"] is True and fields["adjust_init_range"] is True and fields["layer_norm_eps"] == 1e-12
+    assert (
+        fields["pre_layer_norm"] is True and fields["adjust_init_range"] is True and fields["layer_norm_eps"] == 1e-12
+    )
     path = tmp_path / "layer.json"
     for encoding in ("utf-8", "utf-16"):
         path.write_text(json.dumps({"hidden_size": H, "heads": 4}), encoding=encoding)
