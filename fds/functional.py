@@ -7,7 +7,7 @@ that answers there; this is how transformations act on blocks without a hook or 
 
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -352,7 +352,7 @@ class ModuleCore:
         return Mutated(out, updates) if updates else out
 
     @contextmanager
-    def swapped(self, path: str, leaves: Mapping[str, Tensor]) -> Iterator[Callable[[], Params]]:
+    def swapped(self, path: str, leaves: Mapping[str, Tensor]) -> Generator[Callable[[], Params]]:
         """`leaves` in the registries of the module at `path` and of those inside of it, buffers as copies. Gives a function that says which
         buffers were written to so far."""
         module, slots = self._modules[path], self._slots_of(path)

@@ -233,8 +233,8 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_forward(w, *kept)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        w, *kept = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        (g,), (w, *kept) = cotangents, ctx.saved_tensors
         rows, needs = g.flatten(0, -2), ctx.needs_input_grad
         return (
             None,
@@ -245,7 +245,8 @@ class _Linear(torch.autograd.Function):
         )
 
     @staticmethod
-    def jvp(ctx: Any, _: None, x: Tensor, w: Tensor | None, b: Tensor | None, *rest: Any) -> Tensor:
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        _, x, w, b, *_ = tangents
         weight, *kept = ctx.saved_tensors
         out = F.linear(x, weight, b)
         return out if w is None else out + F.linear(ctx.make(*kept), w)
@@ -267,8 +268,8 @@ class _MatMul(torch.autograd.Function):
         ctx.save_for_forward(y, *kept)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        y, *kept = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        (g,), (y, *kept) = cotangents, ctx.saved_tensors
         return (
             None,
             g @ y.transpose(-1, -2),
@@ -277,7 +278,8 @@ class _MatMul(torch.autograd.Function):
         )
 
     @staticmethod
-    def jvp(ctx: Any, _: None, x: Tensor, y: Tensor, *rest: Any) -> Tensor:
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        _, x, y, *_ = tangents
         right, *kept = ctx.saved_tensors
         return x @ right + ctx.make(*kept) @ y
 
@@ -298,12 +300,12 @@ class _Redrawn(torch.autograd.Function):
         ctx.save_for_forward(seed, block)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return None, _redrawn(ctx.ratio, g, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        return None, _redrawn(ctx.ratio, cotangents[0], *ctx.saved_tensors), None, None
 
     @staticmethod
-    def jvp(ctx: Any, _: None, x: Tensor, *rest: Any) -> Tensor:
-        return _redrawn(ctx.ratio, x, *ctx.saved_tensors)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _redrawn(ctx.ratio, tangents[1], *ctx.saved_tensors)
 
 
 class _Normalise(torch.autograd.Function):
@@ -322,13 +324,13 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_forward(*output)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, gr: Tensor) -> tuple[Any, ...]:
-        n, r = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        (g, gr), (n, r) = cotangents, ctx.saved_tensors
         centred = g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)
         return (r * centred - gr * r * r * n / n.shape[-1]).to(n.dtype), None
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor, _: None) -> tuple[Tensor, Tensor]:
-        n, r = ctx.saved_tensors
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        x, (n, r) = tangents[0], ctx.saved_tensors
         along = (x * n).mean(-1, keepdim=True)
         return (r * (x - x.mean(-1, keepdim=True) - n * along)).to(n.dtype), -r * r * along

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fds import tree
 from fds._torch import inside_functorch
-from fds.frame import FRAME, Draws, Frame, scoped
+from fds.frame import FRAME, Frame, scoped
 from fds.offload import HostStore
 from fds.offload.stash import BRING_BACK, PUT_AWAY, Stash
 from fds.randomness import randomness
@@ -160,10 +160,7 @@ class _Call:
     flat: list[Any]
     spec: Any
     settings: Settings
-    frame: Frame = attrs.field(factory=lambda: FRAME.get())
-    calls: dict[str, int] = attrs.field(init=False)
-    drawn: Draws = attrs.field(init=False)
-    pending: dict[str, Params] = attrs.field(init=False)
+    frame: Frame = attrs.field(init=False)  # before the call, without results of it, which would hold themselves
     leaves: Params | None = None  # of the module of a program that is running
     places: list[int] = attrs.field(init=False)
     tensors: list[Tensor] = attrs.field(init=False)
@@ -177,8 +174,7 @@ class _Call:
         self.places = [i for i, x in enumerate(self.flat) if isinstance(x, Tensor)]
         self.tensors = [self.flat[i] for i in self.places]
         self.flat = [None if isinstance(x, Tensor) else x for x in self.flat]
-        self.calls, self.drawn = dict(self.frame.calls), attrs.evolve(self.frame.draws)
-        self.pending = {s: dict(x) for s, x in self.frame.pending.items()}
+        self.frame = attrs.evolve(FRAME.get(), heads=None, updates=None, **_counters(FRAME.get()))
         self.autocast = [_autocast(kind) for kind in _kinds()]
         if self.frame.running is not None:
             core, path = self.frame.running
@@ -189,7 +185,7 @@ class _Call:
     def forward(self) -> list[Tensor]:
         """Run, and keep the outputs. Gives what the function closed over that takes a gradient."""
         seen = _Seen(self.tensors)
-        with torch.no_grad(), self._unseeded(), self._random(), seen:
+        with torch.no_grad(), self._inside(), self._random(), seen:
             out, self.out_spec = pytree.tree_flatten(self._run(self.tensors))
         self.shape = [_TENSOR if isinstance(o, Tensor) else o for o in out]
         self.outputs = tuple(o for o in out if isinstance(o, Tensor))
@@ -201,10 +197,8 @@ class _Call:
             stack.enter_context(torch.enable_grad())
             for cast in self.autocast:
                 stack.enter_context(torch.autocast(**cast))
-            draws = attrs.evolve(self.drawn)
-            stack.enter_context(scoped(self.frame, calls=dict(self.calls), draws=draws, pending={s: dict(x) for s, x in self.pending.items()},
-                                       updates=None, heads=None))  # fmt: skip
-            stack.enter_context(self._unseeded())
+            stack.enter_context(scoped(self.frame, **_counters(self.frame)))
+            stack.enter_context(self._inside())
             if self.leaves is not None:
                 core, path = self.frame.running
                 stack.enter_context(core.swapped(path, self.leaves))
@@ -229,15 +223,22 @@ class _Call:
         args, kwargs = pytree.tree_unflatten(full, self.spec)
         return self.function(*args, **kwargs)
 
-    def _unseeded(self) -> Any:
-        """Randomness without a seed in a program is an error, as under `fds.checkpoint`: a compiled step has no generator to put back."""
-        return scoped(recomputed=FRAME.get().recomputed or self.leaves is not None)
+    def _inside(self) -> Any:
+        """Randomness without a seed in a program is an error, as under `fds.checkpoint`: a compiled step has no generator to put back. And an output
+        layer inside of the function gives logits, not its arguments."""
+        return scoped(recomputed=FRAME.get().recomputed or self.leaves is not None, heads=None)
 
     def _random(self) -> Any:
         return randomness(self.frame.training) if self.leaves is not None else nullcontext()
 
 
 _TENSOR = object()
+
+
+def _counters(frame: Frame) -> dict[str, Any]:
+    """Copies of what a call counts and collects in its frame."""
+    pending = {s: dict(x) for s, x in frame.pending.items()}
+    return {"calls": dict(frame.calls), "draws": attrs.evolve(frame.draws), "pending": pending}
 
 
 class _Seen(TorchFunctionMode):

@@ -136,7 +136,7 @@ class Deferred(TorchDispatchMode):
 
     def _view(self, x: Tensor) -> _View:
         number = self._numbers[x.untyped_storage()._cdata]
-        return _View(number, x.dtype, tuple(x.shape), tuple(x.stride()), x.storage_offset())
+        return _View(number, x.dtype, tuple(x.shape), tuple(x.stride()), int(x.storage_offset()))
 
     def put(self, x: Tensor, value: Callable[[], Tensor]) -> None:
         """From now on the tensor is what `value()` gives, whatever came before."""

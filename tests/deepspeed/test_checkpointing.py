@@ -5,6 +5,7 @@ import json
 import logging
 import traceback
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -122,6 +123,31 @@ def test_programs(dropout):
         close(in_program(how, dropout, fds.lora(rank=2, targets="*.up")), in_program(None, dropout, fds.lora(rank=2, targets="*.up")))  # fmt: skip
 
 
+class Words(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.out, self.how = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11), how
+
+    def get_output_embeddings(self):
+        return self.out
+
+    def forward(self, input_ids):
+        hidden = self.words(input_ids).sin()
+        return SimpleNamespace(logits=checkpoint(self.out, hidden) if self.how else self.out(hidden))
+
+
+def test_an_output_layer_inside_of_it():
+    """Whose arguments a loss would otherwise be handed, out of reach of the recompute."""
+    grads = []
+    for how in (False, True):
+        program, params = fds.functionalize(Words(how))
+        f = fds.value_and_grad(lambda p, b, program=program: fds.losses.causal_lm(program, p, b), wrt=program)
+        grads.append(f(program.place(params), {"input_ids": torch.arange(10).view(2, 5)}))
+    close(grads[1], grads[0])
+    assert float(grads[1][1][""]["out.weight"].abs().max()) > 0
+
+
 def test_compiled_step_with_dropout():
     results = []
     for how in (None, "segment"):
@@ -162,6 +188,22 @@ def test_only_arguments_are_kept():
     assert kept(lambda: block(x)) > own + 3 * x.nbytes
     checkpointing.configure(checkpoint_in_cpu=True)
     assert kept(lambda: checkpoint(block, x)) == own + 24  # a handle
+
+
+def test_memory_comes_back_without_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        block, x = Block(True, 0.0), torch.randn(3, WIDTH, requires_grad=True)
+        y = x * 2
+        out, kept = checkpoint(block, y), weakref.ref(y)
+        del y
+        assert kept() is not None
+        out.sum().backward()
+        del out
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_trees_and_other_things():
