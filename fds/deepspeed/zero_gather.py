@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fds import tree
 from fds.deepspeed.zero_init import HOME
+from fds.frame import FRAME
 from fds.layout import Part, whole
 from fds.program import Program
 from fds.transform import parameters as parameters_of
@@ -154,6 +155,8 @@ class GatheredParameters:
         ValueError: on leaving, for a parameter that was written to without `modifier_rank` (DeepSpeed loses the write); on entering, for one
             that an outer block has gathered, and for what is no parameter. After an exception inside of the block nothing is written.
 
+    In the forward of a module that a program runs it does nothing: what the running site uses is there. To write there is an error.
+
     >>> from fds.deepspeed.zero import Init, parameters
     >>> with Init():
     ...     layer = nn.Linear(3, 2)
@@ -171,6 +174,9 @@ class GatheredParameters:
         enabled: bool = True,
     ) -> None:
         given = [params] if isinstance(params, Tensor) else list(params)
+        if FRAME.get().running is not None:  # a module of a program has its leaves while it runs
+            _check_running(given, modifier_rank)
+            given = []
         for p in given:
             if not isinstance(p, nn.Parameter):
                 raise ValueError(f"GatheredParameters: {type(p).__name__} is no parameter; pass module.parameters(), or zero.leaves(engine, pattern)")  # fmt: skip
@@ -195,7 +201,7 @@ class GatheredParameters:
         self._homes_of = {id(p): getattr(away, HOME) for p, away in self._away}
         for p, _ in self._away:
             _set_home(p, _GATHERED)
-        self._before = [_digest(p) for p in self.params]
+        self._before = [_digest(p) for p, _ in self._away]
         return self.params
 
     def __exit__(self, kind: Any, *error: Any) -> None:
@@ -222,7 +228,7 @@ class GatheredParameters:
         return found
 
     def _check_unwritten(self) -> None:
-        for p, before in zip(self.params, self._before, strict=True):
+        for (p, _), before in zip(self._away, self._before, strict=True):
             if _digest(p) != before:
                 raise ValueError(
                     f"GatheredParameters: a parameter {tuple(p.shape)} was written to, and without modifier_rank the write would be lost; give modifier_rank=0 on every rank"
@@ -235,11 +241,23 @@ class GatheredParameters:
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             src = self.modifier_rank if group is None else dist.get_global_rank(group, self.modifier_rank)  # pyright: ignore[reportArgumentType]
             dist.broadcast(value, src=src, group=group)
+            if home is None:
+                p.detach().copy_(value)
         return value
 
 
 def _set_home(p: nn.Parameter, home: Any) -> None:
     setattr(p, HOME, home)
+
+
+def _check_running(given: Sequence[Tensor], modifier_rank: int | None) -> None:
+    if modifier_rank is not None:
+        raise ValueError("GatheredParameters: a write inside of a program's call; write between calls, to the state")
+    for p in given:
+        if p.is_meta:
+            raise ValueError(
+                f"GatheredParameters: a parameter {tuple(p.shape)} of another site than the one that runs; pass functionalize(sites=...) blocks that hold what they use"
+            )
 
 
 class _Gathered:

@@ -324,6 +324,30 @@ def test_after_an_exception_nothing_is_written():
     assert layer.weight.is_meta and torch.equal(zero.parameters(layer)["weight"], before)
 
 
+class Uses(nn.Module):
+    """A forward that gathers, as DeepSpeed's documentation has it."""
+
+    def __init__(self, rank=None):
+        super().__init__()
+        self.first, self.rank = nn.Linear(2, 2), rank
+
+    def forward(self, x):
+        with zero.GatheredParameters(self.first.weight, modifier_rank=self.rank, fwd_module=self):
+            return self.first(x) @ self.first.weight
+
+
+def test_gathering_inside_of_a_forward():
+    program, params = fds.functionalize(Uses())
+    f = fds.value_and_grad(lambda p, x: program(p, x).sum(), wrt=program)
+    value, grads = f(program.place(params), torch.ones(1, 2))
+    w, b = (params[f"first.{k}"].clone().requires_grad_() for k in ("weight", "bias"))
+    want = ((torch.ones(1, 2) @ w.T + b) @ w).sum()
+    assert torch.allclose(value, want) and torch.allclose(grads[""]["first.weight"], torch.autograd.grad(want, w)[0])
+    program, params = fds.functionalize(Uses(0))
+    with pytest.raises(ValueError, match="a write inside of a program's call"):
+        program(program.place(params), torch.ones(1, 2))
+
+
 def test_on_device():
     with OnDevice(torch.float16, device="meta"):
         layer, ints = nn.Linear(3, 2), torch.full((2,), 3)
