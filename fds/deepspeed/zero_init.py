@@ -26,7 +26,7 @@ class Init:
     constructor, and are the same on every rank and mesh; they are not those that the constructor would have drawn from a running generator.
 
     Args:
-        module: an existing module: each rank keeps 1/n of every parameter, and the module has it on the meta device from then on. All ranks have to have the same.
+        module: an existing module: each rank keeps 1/n of every parameter of rank 0's, and the module has it on the meta device from then on.
         data_parallel_group: over whose ranks what `GatheredParameters` has written is split, until it is placed. Default: all. `mpu.get_data_parallel_group()`
             and `sequence_data_parallel_group` say the same.
         dtype: of the floating parameters. Default: the constructor's own. DeepSpeed's is float16: here the chain says what is computed with
@@ -136,6 +136,9 @@ class Init:
         home = self._home
         assert home is not None
         value = p.detach() if self.dtype is None or not p.is_floating_point() else p.detach().to(self.dtype)
+        if home.axis.size > 1:
+            value = value.clone(memory_format=torch.contiguous_format)
+            dist.broadcast(value, src=dist.get_global_rank(home.group, 0), group=home.group)
         away = nn.Parameter(torch.empty_like(value, device="meta", memory_format=torch.contiguous_format), requires_grad=p.requires_grad)  # fmt: skip
         home.write([away], [value])
         torch.utils.swap_tensors(p, away)

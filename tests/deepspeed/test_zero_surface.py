@@ -163,6 +163,8 @@ def rank_writes():
     torch.manual_seed(0)
     existing = nn.Linear(5, 3)
     before = existing.weight.detach().clone()
+    with torch.no_grad():
+        existing.weight.add_(rank)  # rank 0's counts
     zero.Init(module=existing)
     assert existing.weight.is_meta and torch.equal(zero.parameters(existing)["weight"], before)
     whole = nn.Linear(2, 2)
