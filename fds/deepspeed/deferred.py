@@ -1,12 +1,13 @@
 """Initialisation that is written down instead of done: `Deferred`, behind `zero.Init`.
 
-Inside of the mode, tensors are made on the meta device, and every operator that writes to one of them is recorded. `make` runs what a leaf depends on, and nothing else:
-so a module's constructor, whatever it does to its parameters, has its effect one leaf at a time, where the leaf is stored.
+Inside of the mode, tensors are made on the meta device, and every operator that writes to one of them is recorded. `make` runs what a leaf depends
+on, and nothing else: so a module's constructor, whatever it does to its parameters, has its effect one leaf at a time, where the leaf is stored.
 
-A tensor is known by its storage and its place in it, so that views, ``.data``, `nn.Parameter` and `detach` need no rule of their own. Random operators draw
-from a generator that is seeded by the seed given to `make` and the number of the operator: the same values on every rank, in any order.
+A tensor is known by its storage and its place in it, so that views, ``.data``, `nn.Parameter` and `detach` need no rule of their own. Random
+operators draw from a generator that is seeded by the seed given to `make` and the operator's number: the same values on every rank, in any order.
 
-To the constructor they seem to be in host memory. Literals (`torch.tensor`), ranges, and constants of fewer than `SMALL` elements stay real, for constructors that read them.
+To the constructor such tensors seem to be in host memory. Literals (`torch.tensor`), ranges, and constants of fewer than `SMALL` elements are
+real, for constructors that read them.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +28,8 @@ _DEVICE: Any = torch.Tensor.device
 SMALL = 1024
 _BLANK = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}  # fmt: skip
 _RANDOM = {aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default}
-_CONSTANT = {aten.zeros.default, aten.ones.default, aten.full.default, aten.eye.default, aten.eye.m, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}  # fmt: skip
+_CONSTANT = {aten.zeros.default, aten.ones.default, aten.full.default, aten.eye.default, aten.eye.m,
+             aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}  # fmt: skip
 
 
 @attrs.frozen

@@ -21,9 +21,11 @@ HOME = "fds_home"  # attribute of a parameter whose values are elsewhere: where
 class Init:
     """A context in which a module is built without its parameters: they are on the meta device, and their initialisation is written down (`deferred.py`).
 
-    The parameters that `fds.functionalize` returns for it are made leaf by leaf, as the constructor would have made them, when `program.place` or `step.init` asks
-    for them, so that at no time a rank has more than what it stores, and one site. `parameters(module)` is the same without a program. Random values depend on rank 0's `torch.initial_seed()` and on the number of the operator in the
-    constructor, and are the same on every rank and mesh; they are not those that the constructor would have drawn from a running generator.
+    The parameters that `fds.functionalize` returns for it are made leaf by leaf, as the constructor would have made them, when `program.place` or
+    `step.init` asks for them, so that at no time a rank has more than what it stores, and one site. `parameters(module)` is the same without a program.
+
+    Random values depend on rank 0's `torch.initial_seed()` and on the number of the operator in the constructor, and are the same on every rank and
+    mesh; they are not those that the constructor would have drawn from a running generator.
 
     Args:
         module: an existing module: each rank keeps 1/n of every parameter of rank 0's, and the module has it on the meta device from then on.
