@@ -363,7 +363,12 @@ def _kinds() -> list[str]:
 
 
 def _autocast(kind: str) -> dict[str, Any]:
-    return {"device_type": kind, "enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+    on, dtype, cached = (
+        torch.is_autocast_enabled(kind),
+        torch.get_autocast_dtype(kind),
+        torch.is_autocast_cache_enabled(),
+    )
+    return {"device_type": kind, "enabled": on, "dtype": dtype, "cache_enabled": cached}
 
 
 def _section(config: Any) -> Mapping[str, Any]:
