@@ -55,6 +55,9 @@ class Frame:
     calls: dict[str, int] = attrs.Factory(dict[str, int])  # how often each site was called in this call of the parent
     draws: Draws = attrs.Factory(Draws)  # of this call of the site, wrapped modules in it included
     pending: dict[str, Params] = attrs.Factory(dict[str, Params])  # buffers updated so far in this call, by site
+    running: Any = (
+        None  # (core, path) of the module that is running: where to set its leaves again (`ModuleCore.swapped`)
+    )
     training: bool = False  # the mode of the module that is running
     heads: list[Head] | None = None  # when somebody wants the output layer's arguments instead of logits
     recomputed: bool = False  # inside recompute: unseeded randomness would differ in backward

@@ -7,9 +7,9 @@ that answers there; this is how transformations act on blocks without a hook or 
 
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import attrs
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fds import tree
 from fds._torch import named_modules, registries, relist_weights, transient_buffers, writes_statistics
 from fds.frame import FRAME, Draws, Head, scoped
+from fds.leaves import MAKE, Leaves, made
 from fds.program import Mutated, Program, assemble
 from fds.randomness import randomness
 from fds.tree import Params
@@ -35,8 +36,8 @@ def functionalize(module: nn.Module, *, sites: str | Iterable[str] | None = None
 
     Returns:
         The program, and ``{path: tensor}`` of all parameters and buffers, non-persistent ones included. Tied leaves appear once, under
-        their first name. Parameters with ``requires_grad=False`` are frozen in the program. Key-value caches are off in it
-        (`generate` turns them on); training mode is the module's own (see `Program.train`).
+        their first name; of a module built under `zero.Init` each is made when it is asked for. Parameters with ``requires_grad=False`` are
+        frozen in the program. Key-value caches are off in it (`generate` turns them on); training mode is the module's own (see `Program.train`).
 
     Raises:
         ValueError: not a module; a module that checkpoints inside itself; a pattern of `sites` that matches nothing.
@@ -49,7 +50,7 @@ def functionalize(module: nn.Module, *, sites: str | Iterable[str] | None = None
     _check_module(module)
     leaves = _Leaves.of(module)
     paths = _find_sites(module) if sites is None else _select_sites(module, sites)
-    return ModuleCore(module, leaves.light(), paths).program, dict(leaves.tensors)
+    return ModuleCore(module, leaves.light(), paths).program, leaves.params(type(module).__name__)
 
 
 def _check_module(module: Any) -> None:
@@ -73,21 +74,36 @@ class _Leaves:
     tensors: dict[str, Tensor]
     first: dict[str, str]  # any name -> first name
     marks: dict[str, frozenset[str]]
+    whole: dict[str, Tensor]  # those that know how they are made (`zero.Init`): the module's own
 
     def light(self) -> "_Leaves":
         """What a program keeps: real tensors only of what no file holds. Anything more would keep the whole model alive on every rank."""
-        kept = {k: t if k in self.marks["transient"] else _abstract(t) for k, t in self.tensors.items()}
-        return attrs.evolve(self, tensors=kept)
+        transient = self.marks["transient"]
+        kept = {k: made(k, self.whole.get(k, t)) if k in transient else _abstract(t) for k, t in self.tensors.items()}
+        return attrs.evolve(self, tensors=kept, whole={})
+
+    def params(self, what: str) -> Params:
+        """What `functionalize` returns: a dictionary, or where leaves are to be made, a mapping that makes each when it is asked for."""
+        if not self.whole:
+            return dict(self.tensors)
+
+        def make(name: str) -> Tensor:
+            return made(name, self.whole.get(name, self.tensors[name]))
+
+        return cast(Params, Leaves(list(self.tensors), make, f"{what}, made when asked for"))
 
     @staticmethod
     def of(module: nn.Module) -> "_Leaves":
         known: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
         first: dict[str, str] = {}
         parameters = list(module.named_parameters(remove_duplicate=False))
         for name, t in [*parameters, *module.named_buffers(remove_duplicate=False)]:
             first[name] = known.setdefault(id(t), name)
             tensors.setdefault(first[name], t.detach())
+            if t.is_meta and hasattr(t, MAKE):
+                whole.setdefault(first[name], t)
         buffers = tensors.keys() - {first[n] for n, _ in parameters}
         return _Leaves(
             tensors,
@@ -102,6 +118,7 @@ class _Leaves:
                     if isinstance(m, nn.Embedding | nn.EmbeddingBag)
                 ),
             },
+            whole,
         )
 
 
@@ -327,8 +344,20 @@ class ModuleCore:
 
     def call(self, path: str, leaves: Params, *args: Any, **kwargs: Any) -> Any:
         """Run the module at `path` with `leaves` in its registries. Buffers are copied first: a forward may write to them."""
+        module = self._modules[path]
+        self._check_extras(path, leaves, self._slots_of(path))
+        running = scoped(leaves=leaves, running=(self, path), training=module.training)
+        with self.swapped(path, leaves) as updated:
+            with running, randomness(module.training), _autocast(leaves):
+                out = self._forwards[path](*args, **kwargs) if path in self._forwards else module(*args, **kwargs)
+            updates = updated()
+        return Mutated(out, updates) if updates else out
+
+    @contextmanager
+    def swapped(self, path: str, leaves: Mapping[str, Tensor]) -> Generator[Callable[[], Params]]:
+        """`leaves` in the registries of the module at `path` and of those inside of it, buffers as copies. Gives a function that says which
+        buffers were written to so far."""
         module, slots = self._modules[path], self._slots_of(path)
-        self._check_extras(path, leaves, slots)
         held = [s.registry[s.key] for s in slots]
         copies: dict[str, tuple[Tensor, int]] = {}
         for s in slots:
@@ -338,14 +367,15 @@ class ModuleCore:
                 copies[s.leaf] = (leaf, leaf._version)
         _refresh_flat_weights(module)
         try:
-            with scoped(leaves=leaves, training=module.training), randomness(module.training), _autocast(leaves):
-                out = self._forwards[path](*args, **kwargs) if path in self._forwards else module(*args, **kwargs)
-            updates = {s.leaf: s.registry[s.key] for s in slots if s.buffer and _changed(s, *copies[s.leaf])}
+            yield lambda: {s.leaf: s.registry[s.key] for s in slots if s.buffer and _changed(s, *copies[s.leaf])}
         finally:
             for s, t in zip(slots, held, strict=True):
                 s.registry[s.key] = t
             _refresh_flat_weights(module)
-        return Mutated(out, updates) if updates else out
+
+    def present(self, path: str) -> Params:
+        """What is in the registries of the module at `path` and of those inside of it right now."""
+        return {s.leaf: s.registry[s.key] for s in self._slots_of(path)}
 
     def _check_extras(self, path: str, leaves: Params, slots: list[_Slot]) -> None:
         """A leaf that no slot takes has to belong to a wrapped module, which takes it out itself."""

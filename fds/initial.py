@@ -71,7 +71,7 @@ def init_params(
 def _of_site(core: Any, site: str, spec: Params, seed: int, values: Values | None) -> Params:
     given: Params = {}
     for name, leaf in spec.items() if values is not None else ():
-        with _seeded(f"{seed}:{name}"), torch.no_grad():
+        with seeded(f"{seed}:{name}"), torch.no_grad():
             x = values(name, leaf.detach()) if values is not None else None
         if x is not None:
             tree.check_leaf(name, x, leaf, what="init_params: what values() gave")
@@ -98,7 +98,7 @@ def initialised(core: Any, site: str, spec: Mapping[str, Tensor], seed: int, wha
             for run in _reset, _init_weights:
                 for path in paths:
                     of = path if path.startswith(site + ".") or path == site else f"{path} for {site}"
-                    with _seeded(f"{seed}:{of}"):
+                    with seeded(f"{seed}:{of}"):
                         run(modules, path)
         for name, (_, registry, key) in slots.items():
             out[name] = registry[key].detach()
@@ -144,7 +144,7 @@ def _takes_one(f: Callable[..., Any]) -> bool:
 
 
 @contextmanager
-def _seeded(what: str) -> Iterator[None]:
+def seeded(what: str) -> Iterator[None]:
     """Torch's generator for host memory, which the initialisers of modules draw from, at a place of its own; put back afterwards."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(zlib.crc32(what.encode()))

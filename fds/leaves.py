@@ -7,6 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+MAKE = "fds_make"  # attribute of a tensor on the meta device whose values can be had: ``make(name, tensor)`` gives them
+
+
+def made(name: str, x: Tensor) -> Tensor:
+    """A leaf, detached: itself, or what its own `MAKE` makes of it."""
+    make = getattr(x, MAKE, None)
+    return x.detach() if make is None or not x.is_meta else make(name, x)
+
 
 class Leaves(Mapping[str, Tensor]):
     """Parameters by name; `make(name)` makes one, every time that it is asked for. Two that are asked for twice are equal, not the same."""

@@ -50,16 +50,20 @@ def uniform(
     return (mix(mix(place, key), fold(seed, 0x51ED27)) >> 8).view(shape) * 2.0**-24
 
 
+def next_seed() -> Tensor:
+    """The seed of the running site's next draw, which is counted; 0-D int64. Only where the frame has a seed."""
+    frame = FRAME.get()
+    assert frame.seed is not None
+    frame.draws.count += 1
+    part = [frame.draws.part] if frame.draws.part else []
+    return fold(frame.seed, frame.salt, frame.draws.count, *part)
+
+
 class _Seeded(TorchFunctionMode):
     """Answers the random functions that models use, from the frame's seed; refuses those that it knows and cannot seed."""
 
     def draw(self, shape: torch.Size | list[int], device: torch.device, *, rows: bool = True) -> Tensor:
-        frame = FRAME.get()
-        assert frame.seed is not None
-        frame.draws.count += 1
-        part = [frame.draws.part] if frame.draws.part else []
-        seed = fold(frame.seed, frame.salt, frame.draws.count, *part)
-        return uniform(seed, shape, block=frame.block if rows else 0, device=device)
+        return uniform(next_seed(), shape, block=FRAME.get().block if rows else 0, device=device)
 
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:

@@ -45,7 +45,7 @@ def checkpoint(policy: Policy = None, *, store: Any = None, window: int = 1, min
     stash = None if store is None else Stash(store, window)
     options = {} if policy is None else {"policy": policy}
     return around(
-        lambda apply: _recomputed(apply, keep, stash, min_bytes),
+        lambda apply: recomputed(apply, keep, stash, min_bytes),
         name="checkpoint",
         options=options | ({} if store is None else {"store": store, "window": window, "min_bytes": min_bytes}),
         provides=["checkpoint"],
@@ -63,7 +63,9 @@ def _predicate(policy: Policy) -> Callable[[Any], bool] | None:
     return lambda op: getattr(getattr(op, "overloadpacket", op), "__name__", "") in _MATMULS
 
 
-def _recomputed(apply: Apply, keep: Callable[[Any], bool] | None, stash: Stash | None, min_bytes: int) -> Apply:
+def recomputed(apply: Apply, keep: Callable[[Any], bool] | None = None, stash: Stash | None = None, min_bytes: int = 0) -> Apply:  # fmt: skip
+    """The call of a site that keeps its tensor arguments only, the first of which holds its leaves. It may close over nothing that takes a gradient."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
         parameters = len(pytree.tree_leaves(args[:1]))
