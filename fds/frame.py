@@ -58,6 +58,9 @@ class Frame:
     training: bool = False  # the mode of the module that is running
     heads: list[Head] | None = None  # when somebody wants the output layer's arguments instead of logits
     recomputed: bool = False  # inside recompute: unseeded randomness would differ in backward
+    rows: Mapping[
+        str, Any
+    ] = {}  # weight -> the axis over whose ranks each output's weights are split, where a lens has to know
     deferred: tuple[Any, ...] = ()  # mesh axes over which the caller gathers and reduces itself
     updates: dict[str, dict[str, Tensor]] | None = None  # updated buffers by site, when somebody collects them
 
