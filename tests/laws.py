@@ -227,7 +227,9 @@ def _fused_by_hand(inner, adapters, plain):
                 inputs = 0 if w in plain.marks["transposed"] else 1
                 v = out[s][w] + (delta if inputs else delta.T)
                 m = adapters[s].get(k.replace("lora_A.weight", "lora_magnitude_vector"))
-                length = v.detach().square().sum(inputs, keepdim=True).sqrt()  # a constant to the gradient, as in the paper
+                length = (
+                    v.detach().square().sum(inputs, keepdim=True).sqrt()
+                )  # a constant to the gradient, as in the paper
                 out[s][w] = v if m is None else v / length * m.unsqueeze(inputs)
     return out
 
