@@ -74,7 +74,8 @@ def main() -> None:
     axis = fds.sharding.mesh(dp=-1)["dp"]
     program, params = fds.functionalize(model())
     train = fds.shard(program, axis)
-    tx = fds.optim.chain(fds.optim.clip_by_global_norm(1.0), fds.optim.adamw(args.rate))
+    rate = fds.optim.warmup_cosine(args.rate, warmup_steps=0, total_steps=args.steps)
+    tx = fds.optim.chain(fds.optim.clip_by_global_norm(1.0), fds.optim.adamw(rate))
     step = fds.compile(fds.train_step(train, tx, loss=loss))
     state, engine = step.init(params), hybrid(train, max_out_tokens=16)
     rewards, seconds, furthest = list[float](), [time.perf_counter()], 0.0

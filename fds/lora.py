@@ -213,21 +213,23 @@ def _lengths(weight: Tensor, transposed: bool, axis: Any = None) -> Tensor:
     return collectives.total(lengths.square(), axis).sqrt()
 
 
-def _adapted(settings: Lora, name: str, leaves: Params, transposed: bool) -> Tensor:
-    """W', in float32 at least."""
+def _adapted(settings: Lora, name: str, leaves: Params, transposed: bool, *, traced: bool = True) -> Tensor:
+    """W', in float32 at least. Not `traced`: nothing is recorded, and one tensor made."""
     adapter = [leaves[n] for n in names_in_files(name, settings.dora)]
-    v = _direction(settings, leaves[name], *adapter[:2], transposed)
+    v = _direction(settings, leaves[name], *adapter[:2], transposed, traced=traced)
     if not settings.dora:
         return v
     gain = _gain(adapter[2], v, transposed, FRAME.get().rows.get(name))
-    return v * (gain if transposed else gain[:, None])
+    gain = gain if transposed else gain[:, None]
+    return v * gain if traced else v.mul_(gain)
 
 
-def _direction(settings: Lora, weight: Tensor, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
+def _direction(settings: Lora, weight: Tensor, a: Tensor, b: Tensor, transposed: bool, *, traced: bool) -> Tensor:
     """W + s * B @ A, in float32 at least."""
     wide = _wide(weight, a, b)
-    product = settings.scale * (b.to(wide) @ a.to(wide))
-    return weight.to(wide) + (product.T if transposed else product)
+    a, b = a.to(wide), b.to(wide)
+    product = a.T @ b.T if transposed else b @ a
+    return weight.to(wide) + settings.scale * product if traced else product.mul_(settings.scale).add_(weight)
 
 
 def _gain(magnitude: Tensor, v: Tensor, transposed: bool, axis: Any = None) -> Tensor:
@@ -239,7 +241,7 @@ def _gain(magnitude: Tensor, v: Tensor, transposed: bool, axis: Any = None) -> T
 def gain_of(settings: Lora, weight: Tensor, adapter: Sequence[Tensor], transposed: bool) -> Tensor:
     """DoRA's m / |W + s * B @ A| [out] of a whole weight, given A, B and m."""
     a, b, magnitude = adapter
-    return _gain(magnitude, _direction(settings, weight, a, b, transposed), transposed)
+    return _gain(magnitude, _direction(settings, weight, a, b, transposed, traced=False), transposed)
 
 
 def _lens(settings: Lora, p: Program) -> Lens:
@@ -252,12 +254,12 @@ def _lens(settings: Lora, p: Program) -> Lens:
             out |= dict(zip(names_in_files(name, settings.dora), made, strict=True))
         return out
 
-    def fused(stored: Params) -> Params:
-        out = {k: v for k, v in stored.items() if k not in own}
-        return out | {k: _adapted(settings, k, stored, k in transposed).to(stored[k].dtype) for k in targets}
+    def fused(stored: Params, traced: bool = True) -> Params:
+        changed = {k: _adapted(settings, k, stored, k in transposed, traced=traced) for k in targets}
+        return {k: changed.get(k, v).to(v.dtype) for k, v in stored.items() if k not in own}
 
     own = {n for name in targets for n in names_in_files(name, settings.dora)}
-    return Lens(put, (lambda stored: stored) if settings.dropout else fused, restore=fused)
+    return Lens(put, (lambda stored: stored) if settings.dropout else fused, restore=partial(fused, traced=False))
 
 
 def _frozen(p: Program) -> Lens:

@@ -199,6 +199,10 @@ def adapters(family, how="eager", name="shard, checkpoint", targets=None, **opti
     assert all(float(v.norm()) > 0 for v in want.values())
 
 
+def dora(family, how, name, targets):
+    adapters(family, how, name, targets, dora=True)
+
+
 def trained(inner):
     """Adapters as after some steps: B starts at zero, which would hide the gradient of A, and m at the length that makes no difference."""
     g = torch.Generator().manual_seed(3)

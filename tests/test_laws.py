@@ -119,20 +119,16 @@ def test_two_ranks_adapters():
     ranks.run(2, laws.adapters, "llama", "traced")
 
 
-def dora(*args):
-    laws.adapters(*args, dora=True)
-
-
 @pytest.mark.parametrize("how", ["eager", "traced"])
 @pytest.mark.parametrize("name", ["shard, checkpoint", "tensor", "tensor, shard, checkpoint"])
 def test_two_ranks_dora(name, how):
     """Split by outputs, by inputs, and key-value heads that ranks share: the lengths are those of whole rows."""
-    ranks.run(2, dora, "llama", how, name, ["*.[qkvo]_proj", "*.down_proj"])
+    ranks.run(2, laws.dora, "llama", how, name, ["*.[qkvo]_proj", "*.down_proj"])
 
 
 def test_four_ranks_dora():
-    ranks.run(4, dora, "llama", "eager", "tensor", ["*.[kvo]_proj"])
-    ranks.run(4, dora, "gpt2", "eager", "tensor", ["*.c_attn", "*.c_proj"])
+    ranks.run(4, laws.dora, "llama", "eager", "tensor", ["*.[kvo]_proj"])
+    ranks.run(4, laws.dora, "gpt2", "eager", "tensor", ["*.c_attn", "*.c_proj"])
 
 
 @pytest.mark.parametrize("name", laws.NODES)
