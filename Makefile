@@ -41,6 +41,7 @@ examples: $(VENV)/ready
 	$(BIN)/python examples/two_dimensional_mesh.py
 	$(BIN)/python examples/train_larger_than_memory.py --width 64 --layers 56 --steps 2
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/grpo.py --steps 40
+	$(BIN)/python examples/serve_adapters.py --steps 10
 	rm -rf out/elastic out/deepspeed_migration
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/deepspeed_migration.py --deepspeed_config examples/ds_config.json --steps 3
 	$(BIN)/torchrun --standalone --nproc-per-node 1 examples/deepspeed_migration.py --deepspeed_config examples/ds_config.json --steps 5
@@ -67,6 +68,7 @@ bench-io: $(VENV)/ready .venv-peers/ready
 
 bench-generate: $(VENV)/ready
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/switch.py
 	$(BIN)/python benchmarks/report.py
 
 # Operators on this machine's GPU against their floors; shortened, and said so, where there is none. No set-up: a GPU machine has its own torch.

@@ -300,6 +300,20 @@ def generate(result: Json) -> str:
     return "\n\n".join(parts)
 
 
+def switch(result: Json) -> str:
+    """Time and memory of each way from training to generating and back."""
+    rows = list[list[str]]()
+    for name, c in result["contenders"].items():
+        there, back = (f"{median(c[k]) * 1e3:.1f}" for k in ("there_s", "back_s"))
+        again = f"{median(c['again_s']) * 1e3:.2f}" if c["again_s"] else ""
+        rows.append([name, there, again, back, f"{median(c['peak']) / 1e6:.0f}", f"{c['held'] / 1e6:.0f}", f"{c['changed']:,}", f"{min(c['same']):.0%}"])  # fmt: skip
+    head = ["", "train to generate, ms", "again, same weights, ms", "generate to train, ms", "peak above training, MB", "held while generating, MB", "training weights changed", "same tokens"]  # fmt: skip
+    return (
+        f"{_machine(result)}\n\nCommit {result['commit']}, medians of {result['rounds']} rounds in which all take turns, {result['parameters']:,} float32 parameters, LoRA of rank 16 on every linear layer of a block, "
+        f"2 gloo ranks with 1 thread each; times are the slower rank's, memory is the sum of both ranks. An eager training step of 128 tokens a rank takes {result['train_s'] * 1e3:.0f} ms.\n\n{table(head, rows)}"
+    )
+
+
 def io_throughput(result: Json) -> str:
     """GB/s of each contender's best settings."""
     m = result["machine"]
@@ -352,6 +366,7 @@ RENDERERS = {
     "offload": offload,
     "io_throughput": io_throughput,
     "generate": generate,
+    "switch": switch,
 }
 
 

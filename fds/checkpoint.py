@@ -32,6 +32,7 @@ from fds.files import (
 )
 from fds.initial import initialised
 from fds.leaves import Leaves
+from fds.lora import is_adapter
 from fds.program import Program
 from fds.tree import Params, Stored
 
@@ -193,7 +194,7 @@ def save_adapters(directory: Directory, program: Program, stored: Stored) -> Non
             )
             write_json(folder / "adapter_config.json", {
                 "peft_type": "LORA", "task_type": None, "r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora,
-                "use_dora": False, "bias": "none", "target_modules": [w.removesuffix(".weight") for w in weights], "inference_mode": True,
+                "use_dora": settings.dora, "bias": "none", "target_modules": [w.removesuffix(".weight") for w in weights], "inference_mode": True,
                 "fan_in_fan_out": any(w in program.marks["transposed"] for w in weights), "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
             })  # fmt: skip
 
@@ -216,18 +217,14 @@ def _early(program: Program, stored: Stored) -> Iterator[tuple[str, Program, Pro
 
 def _adapters(program: Program, stored: Stored) -> Params:
     """All adapters, whole."""
-    return {k: v.clone() for *_, part in _early(program, stored) for k, v in part.items() if _is_adapter(k)}
-
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
+    return {k: v.clone() for *_, part in _early(program, stored) for k, v in part.items() if is_adapter(k)}
 
 
 def load_adapters(directory: Directory, program: Program, stored: Stored) -> Stored:
     """`stored` with the adapters of a PEFT directory; the base weights are the same as in `stored`, which is not written.
 
     Raises:
-        ValueError: rank, alpha or rsLoRA differ from the program's ``lora(...)``; adapters for other modules; unreadable files.
+        ValueError: rank, alpha, rsLoRA or DoRA differ from the program's ``lora(...)``; adapters for other modules; unreadable files.
     """
     folder = Path(directory)
     config, found = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
@@ -237,7 +234,7 @@ def load_adapters(directory: Directory, program: Program, stored: Stored) -> Sto
         ("r", settings.rank, None),
         ("lora_alpha", settings.alpha, None),
         ("use_rslora", settings.rslora, False),
-        ("use_dora", False, False),
+        ("use_dora", settings.dora, False),
         ("rank_pattern", {}, {}),
         ("alpha_pattern", {}, {}),
     ):
@@ -247,7 +244,7 @@ def load_adapters(directory: Directory, program: Program, stored: Stored) -> Sto
                 f"{folder}/adapter_config.json: {key} is {got!r}, the program's {lora!r} has {want!r}; make the program with the adapter's settings"
             )
     given = {k.removeprefix("base_model.model."): v for k, v in found.items()}
-    known = {k: v for p in program.sites.values() for k, v in _at_lora(p).spec.items() if _is_adapter(k)}
+    known = {k: v for p in program.sites.values() for k, v in _at_lora(p).spec.items() if is_adapter(k)}
     for k in given.keys() ^ known.keys():
         raise ValueError(
             f"{folder}: adapter leaf {k!r} is {'unknown to the program' if k in given else 'missing'}; {tree.suggest(k, known if k in given else given)}; check lora(targets=...)"

@@ -62,6 +62,7 @@ class Frame:
     heads: list[Head] | None = None  # when somebody wants the output layer's arguments instead of logits
     recomputed: bool = False  # inside recompute: unseeded randomness would differ in backward
     autocast: dtype | None = None  # modules run in torch.autocast of it; here, so that recompute runs in it too
+    rows: Mapping[str, Any] = {}  # weight -> the axis that splits each output's weights, where a lens has to know
     deferred: tuple[Any, ...] = ()  # mesh axes over which the caller gathers and reduces itself
     updates: dict[str, dict[str, Tensor]] | None = None  # updated buffers by site, when somebody collects them
 

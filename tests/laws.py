@@ -43,6 +43,10 @@ def table(axis, targets="*.q_proj", tensor=None, node=None):
         "shard, cast, checkpoint": fds.chain(fds.shard(axis), fds.cast("bfloat16"), fds.checkpoint()),
         "lora": fds.lora(rank=2, targets=targets),
         "lora, shard, checkpoint": fds.chain(fds.lora(rank=2, targets=targets), fds.shard(axis), fds.checkpoint()),
+        "lora, dora": fds.lora(rank=2, targets=targets, dora=True),
+        "lora, dora, shard, checkpoint": fds.chain(
+            fds.lora(rank=2, targets=targets, dora=True), fds.shard(axis), fds.checkpoint()
+        ),
         "at": fds.at("*.0", fds.checkpoint()),
         "tensor": fds.tensor_parallel(tensor),
         "tensor, shard, checkpoint": fds.chain(fds.tensor_parallel(tensor), fds.shard(axis), fds.checkpoint()),
@@ -175,17 +179,13 @@ def differentiate(program, how):
     return torch.compile(fds.value_and_grad(f), fullgraph=True, backend="aot_eager" if how == "traced" else "inductor")
 
 
-def adapters(family, how="eager", name="shard, checkpoint"):
-    """Law 3 for LoRA: gradients of A and B against the plain formula, dW chained through W + s B A."""
+def adapters(family, how="eager", name="shard, checkpoint", targets=None, **options):
+    """Law 3 for LoRA: gradients of A and B against the plain formula, dW chained through W + s B A; of DoRA's m too."""
     outer, params, mine, rows, _ = setting(family, name)
     base = outer.origin
-    lora = fds.lora(rank=2, alpha=6, targets=zoo.FAMILIES[family][1])
+    lora = fds.lora(rank=2, alpha=6, targets=targets or zoo.FAMILIES[family][1], **options)
     plain = lora(base)
-    inner = plain.place(params)
-    for part in inner.values():  # B starts at zero, which would hide the gradient of A
-        for k in part:
-            if "lora_B" in k:
-                part[k] = torch.randn(part[k].shape, generator=torch.Generator().manual_seed(3)) * 0.1
+    inner = trained(plain.place(params))
     _, want = fds.value_and_grad(lambda s, b: zoo.loss_of(base(_fused_by_hand(inner, s, plain), **b)))(
         _adapters(inner), rows
     )
@@ -197,6 +197,22 @@ def adapters(family, how="eager", name="shard, checkpoint"):
     want = {k: v for part in want.values() for k, v in part.items()}
     assert want and distance(got, want) < 64 * torch.finfo(torch.float32).eps
     assert all(float(v.norm()) > 0 for v in want.values())
+
+
+def dora(family, how, name, targets):
+    adapters(family, how, name, targets, dora=True)
+
+
+def trained(inner):
+    """Adapters as after some steps: B starts at zero, which would hide the gradient of A, and m at the length that makes no difference."""
+    g = torch.Generator().manual_seed(3)
+    for part in inner.values():
+        for k, v in part.items():
+            if "lora_B" in k:
+                part[k] = torch.randn(v.shape, generator=g) * 0.1
+            elif "magnitude" in k:
+                part[k] = v * (1 + 0.3 * torch.randn(v.shape, generator=g))
+    return inner
 
 
 def _adapters(inner):
@@ -212,7 +228,13 @@ def _fused_by_hand(inner, adapters, plain):
             if "lora_A" in k:
                 w = k.replace(".lora_A", "")
                 delta = scale * adapters[s][k.replace("lora_A", "lora_B")] @ adapters[s][k]
-                out[s][w] = out[s][w] + (delta.T if w in plain.marks["transposed"] else delta)
+                inputs = 0 if w in plain.marks["transposed"] else 1
+                v = out[s][w] + (delta if inputs else delta.T)
+                m = adapters[s].get(k.replace("lora_A.weight", "lora_magnitude_vector"))
+                length = (
+                    v.detach().square().sum(inputs, keepdim=True).sqrt()
+                )  # a constant to the gradient, as in the paper
+                out[s][w] = v if m is None else v / length * m.unsqueeze(inputs)
     return out
 
 
@@ -274,6 +296,7 @@ CHAINABLE = (
     "checkpoint",
     "cast",
     "lora",
+    "dora",
     "offload",
     "store",
     "replicate",
@@ -292,6 +315,7 @@ def any_chain(names):
         "checkpoint": fds.checkpoint,
         "cast": lambda: fds.cast("bfloat16"),
         "lora": lambda: fds.lora(rank=2, targets="*.q_proj"),
+        "dora": lambda: fds.lora(rank=2, targets="*.o_proj", dora=True),
         "offload": fds.offload,
         "store": lambda: fds.offload(HOST),
         "replicate": lambda: fds.replicate(axis),
@@ -316,7 +340,7 @@ def any_chain(names):
     want, plain = zoo.reference("llama", rows)
     tolerance = 0.1 if result.tol else 1e-5
     assert abs(float(mean(value, axis) - want)) < tolerance
-    if "lora" not in names:
+    if not {"lora", "dora"} & set(names):
         got = result.restore(grads)
         total = math.sqrt(sum(float(g.square().sum()) for g in plain.values()))
         assert math.sqrt(sum(float((got[k] - g).square().sum()) for k, g in plain.items())) < tolerance * total

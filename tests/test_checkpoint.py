@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 
+import laws
 import pytest
 import ranks
 import torch
@@ -92,11 +93,11 @@ def test_an_export_that_fails_leaves_the_old_files(tmp_path):
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
-def adapted(family):
+def adapted(family, **options):
     model = zoo.build(family)
     program, params = fds.functionalize(model)
     chain = fds.chain(
-        fds.lora(rank=2, alpha=8, targets=zoo.FAMILIES[family][1]),
+        fds.lora(rank=2, alpha=8, targets=zoo.FAMILIES[family][1], **options),
         fds.shard(fds.sharding.mesh(dp=-1)["dp"]),
         fds.checkpoint(),
     )
@@ -106,13 +107,14 @@ def adapted(family):
     return model, train, params, state.params
 
 
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}, {"dora": True, "rslora": True}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_peft_both_ways(tmp_path, family):
+def test_peft_both_ways(tmp_path, family, options):
     import peft
 
-    model, train, params, stored = adapted(family)
+    model, train, params, stored = adapted(family, **options)
     fds.save_adapters(tmp_path / "ours", train, stored)
-    loaded = peft.PeftModel.from_pretrained(zoo.build(family), tmp_path / "ours").eval()
+    loaded = peft.PeftModel.from_pretrained(zoo.build(family), tmp_path / "ours", is_trainable=True).eval()
     rows = zoo.batch(family)
     with torch.no_grad():
         want = train(stored, **rows).logits
@@ -122,9 +124,15 @@ def test_peft_both_ways(tmp_path, family):
     back = fds.load_adapters(tmp_path / "theirs", train, train.place(params))
     with torch.no_grad():
         assert torch.equal(train(back, **rows).logits, want)
+    _, grads = fds.value_and_grad(lambda s, b: zoo.loss(train, s, b), wrt=train)(stored, rows)
+    zoo.loss_of(loaded(**rows)).backward()
+    theirs = {k.replace(".default", "").removeprefix("base_model.model."): p.grad for k, p in loaded.named_parameters() if p.requires_grad}  # fmt: skip
+    ours = {k: v for part in train.before("lora", grads)[1].values() for k, v in part.items() if "lora_" in k}
+    theirs = {k.replace("vector.weight", "vector"): v for k, v in theirs.items()}
+    assert ours.keys() == theirs.keys() and laws.distance(ours, theirs) < 1e-5
 
 
-def carried(where, family, name):
+def carried(where, family, name, dora):
     """Adapters read under a mesh, and written again from there; what they change."""
     mesh = fds.sharding.mesh(dp=-1, tp=2 if "tensor" in name else 1)
     program, params = fds.functionalize(zoo.build(family))
@@ -134,21 +142,21 @@ def carried(where, family, name):
         "tensor, shard": [fds.tensor_parallel(mesh["tp"]), fds.shard(mesh["dp"])],
         "store": [fds.shard(mesh["dp"]), fds.offload(fds.HostStore())],
     }[name]
-    train = fds.chain(fds.lora(rank=2, alpha=8, targets=zoo.FAMILIES[family][1]), *steps)(program)
+    train = fds.chain(fds.lora(rank=2, alpha=8, targets=zoo.FAMILIES[family][1], dora=dora), *steps)(program)
     stored = fds.load_adapters(f"{where}/given", train, train.place(params))
     fds.save_adapters(f"{where}/{name}", train, stored)
     return train.restore(stored)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_adapters_under_every_mesh(tmp_path, family):
+@pytest.mark.parametrize(("family", "dora"), [("llama", False), ("llama", True), ("gpt2", True)])
+def test_adapters_under_every_mesh(tmp_path, family, dora):
     from safetensors.torch import load_file
 
-    _, train, _, stored = adapted(family)
+    _, train, _, stored = adapted(family, dora=dora)
     fds.save_adapters(tmp_path / "given", train, stored)
     want, given = train.restore(stored), load_file(tmp_path / "given" / "adapter_model.safetensors")
     for n, name in [(2, "shard"), (2, "tensor"), (4, "tensor, shard"), (2, "store")]:
-        for got in ranks.run(n, carried, str(tmp_path), family, name):
+        for got in ranks.run(n, carried, str(tmp_path), family, name, dora):
             assert all(torch.allclose(got[k], v, atol=1e-6) for k, v in want.items()), name
         got = load_file(tmp_path / name / "adapter_model.safetensors")
         assert got.keys() == given.keys() and all(torch.equal(got[k], v) for k, v in given.items())
@@ -161,6 +169,7 @@ def test_other_adapters_are_refused(tmp_path):
         (dict(rank=4, alpha=8, targets="*.q_proj"), "r is 2"),
         (dict(rank=2, alpha=4, targets="*.q_proj"), "lora_alpha"),
         (dict(rank=2, alpha=8, targets="*.k_proj"), "targets"),
+        (dict(rank=2, alpha=8, targets="*.q_proj", dora=True), "use_dora is False"),
     ):
         other = fds.lora(**change)(train.origin)
         with pytest.raises(ValueError, match=words):

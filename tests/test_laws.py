@@ -64,9 +64,10 @@ def test_gradient_compiled(name):
     laws.gradient("llama-tied", name, "compiled")
 
 
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"dora": True, "rslora": True}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
-def test_adapter_gradients(family):
-    laws.adapters(family)
+def test_adapter_gradients(family, options):
+    laws.adapters(family, **options)
 
 
 # --- two ranks ---
@@ -116,6 +117,18 @@ def test_two_ranks_func_and_traced(family):
 def test_two_ranks_adapters():
     ranks.run(2, laws.adapters, "llama")
     ranks.run(2, laws.adapters, "llama", "traced")
+
+
+@pytest.mark.parametrize("how", ["eager", "traced"])
+@pytest.mark.parametrize("name", ["shard, checkpoint", "tensor", "tensor, shard, checkpoint"])
+def test_two_ranks_dora(name, how):
+    """Split by outputs, by inputs, and key-value heads that ranks share: the lengths are those of whole rows."""
+    ranks.run(2, laws.dora, "llama", how, name, ["*.[qkvo]_proj", "*.down_proj"])
+
+
+def test_four_ranks_dora():
+    ranks.run(4, laws.dora, "llama", "eager", "tensor", ["*.[kvo]_proj"])
+    ranks.run(4, laws.dora, "gpt2", "eager", "tensor", ["*.c_attn", "*.c_proj"])
 
 
 @pytest.mark.parametrize("name", laws.NODES)

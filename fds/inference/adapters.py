@@ -1,8 +1,8 @@
 """Many low-rank adapters in one batch: each row has its own, beside the same base weights (S-LoRA; Sheng et al. 2023, arXiv:2311.03285).
 
-    y_r = W x_r + s_i B_i (A_i x_r),  i = the adapter of row r
+    y_r = g_i * (W x_r + s_i B_i (A_i x_r)) + bias,  i = the adapter of row r
 
-Nothing is fused, so nothing is rounded into the base, and a row's adapter is data: another choice is another tensor, not another graph.
+g is 1, but for DoRA m / |W + s B A|, a number for each output: adapters of both kinds go in one batch. Nothing is fused, so nothing is rounded into the base, and a row's adapter is data: another choice is another tensor, not another graph.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,17 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fds import tree
 from fds.files import Directory, read_json, read_tensors
-from fds.frame import Apply
-from fds.lora import Lora, adapter_names, check_targets, targets_of
+from fds.frame import Apply, Wrap
+from fds.lora import Lora, adapter_names, adapting, gain_of, names_in_files, targets_of
 from fds.program import Lens, Program, Stored
-from fds.transform import Transform, around_site, direct
+from fds.transform import Transform, direct
 from fds.tree import Params
 
 NONE = -1
@@ -41,39 +40,19 @@ def adapters(count: int, *, rank: int, targets: str | Iterable[str], rows: int =
 
     Raises `ValueError` for a number below 1, and for a target that names no linear layer.
     """
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     for name, value in (("count", count), ("rank", rank), ("rows", rows)):
         if type(value) is not int or value < 1:
             raise ValueError(f"adapters: {name}={value!r}, required a whole number >= 1")
     settings = Lora(rank, float(rank), targets)
-    options: dict[str, Any] = {"count": count, "rank": rank, "targets": targets[0] if len(targets) == 1 else targets, "rows": rows}  # fmt: skip
-    return _Adapters(
-        "adapters",
-        tuple(options.items()),
-        lens=lambda p: _lens(settings, count, rows, p),
-        provides=frozenset(["adapters"]),
-        conflicts=frozenset(["flat", "adapters", "tensor", "whole"]),
-        check=partial(check_targets, settings),
-        settings=settings,
-    )
+    options = {"count": count, "rank": rank, "targets": settings.printed, "rows": rows}
+    return adapting("adapters", settings, options, partial(_lens, settings, count, rows), _beside)
 
 
-@attrs.frozen(repr=False)
-class _Adapters(Transform):
-    settings: Lora = attrs.field(kw_only=True)
-
-    def _on_site(self, site: str, p: Program) -> Program:
-        found = targets_of(self.settings, p)
-        new = super()._on_site(site, p)
-        for name in found:
-            new = around_site(site, new, partial(_beside, _names(name)), name.rpartition(".")[0])
-        return new
-
-
-def _names(weight: str) -> tuple[str, str, str, str]:
+def _names(weight: str) -> tuple[str, str, str, str, str]:
+    """A [count, rank, in], B [count, out, rank], s [count], g [count, out], and the adapter of each row [rows]."""
     a, b = adapter_names(weight)
     module = weight.removesuffix(".weight")
-    return a, b, f"{module}.lora_scales", f"{module}.lora_rows"
+    return a, b, f"{module}.lora_scales", f"{module}.lora_gains", f"{module}.lora_rows"
 
 
 def _lens(settings: Lora, count: int, rows: int, p: Program) -> Lens:
@@ -86,7 +65,7 @@ def _lens(settings: Lora, count: int, rows: int, p: Program) -> Lens:
             width, features = w.shape if name in transposed else w.shape[::-1]
             made = (
                 w.new_zeros(count, settings.rank, width), w.new_zeros(count, features, settings.rank),
-                torch.zeros(count, device=w.device), torch.full((rows,), NONE, dtype=torch.int64, device=w.device),
+                torch.zeros(count, device=w.device), torch.ones(count, features, device=w.device), torch.full((rows,), NONE, dtype=torch.int64, device=w.device),
             )  # fmt: skip
             out |= dict(zip(_names(name), made, strict=True))
         return out
@@ -98,20 +77,30 @@ def _lens(settings: Lora, count: int, rows: int, p: Program) -> Lens:
     return Lens(put, lambda stored: stored, restore=base)
 
 
-def _beside(names: tuple[str, str, str, str], apply: Apply) -> Apply:
-    def run(leaves: Params, x: Tensor) -> Tensor:
-        a, b, scales, rows = (leaves[n] for n in names)
-        y = apply({k: v for k, v in leaves.items() if k not in names}, x)
-        if x.dim() < 3 or len(x) > len(rows):
-            raise ValueError(
-                f"adapters: {names[0].partition('.lora_A')[0]} is called with {tuple(x.shape)}, required [rows, tokens, features] of at most {len(rows)} rows; raise rows="
-            )
-        index = rows[: len(x)]
-        mine = index.clamp(min=0)
-        scale = torch.where(index < 0, 0.0, scales[mine]).to(x.dtype)[:, None, None]
-        return y + scale * ((x.flatten(1, -2) @ a[mine].mT) @ b[mine].mT).view(y.shape)
+def _beside(weight: str, transposed: bool) -> Wrap:
+    """A and B lie as in a linear layer, whichever way the weight does."""
+    names, bias = _names(weight), f"{weight.removesuffix('.weight')}.bias"
 
-    return run
+    def wrap(apply: Apply) -> Apply:
+        def run(leaves: Params, x: Tensor) -> Tensor:
+            a, b, scales, gains, rows = (leaves[n] for n in names)
+            y = apply({k: v for k, v in leaves.items() if k not in names}, x)
+            if x.dim() < 3 or len(x) > len(rows):
+                raise ValueError(
+                    f"adapters: {weight.removesuffix('.weight')} is called with {tuple(x.shape)}, required [rows, tokens, features] of at most {len(rows)} rows; raise rows="
+                )
+            index = rows[: len(x)]
+            mine = index.clamp(min=0)
+            none = (index < 0)[:, None, None]
+            gain = gains[mine].to(x.dtype)[:, None].masked_fill(none, 1.0)
+            scale = scales[mine].to(x.dtype)[:, None, None].masked_fill(none, 0.0)
+            own = y if leaves.get(bias) is None else y - leaves[bias]  # what the weights make
+            low = scale * ((x.flatten(1, -2) @ a[mine].mT) @ b[mine].mT)
+            return y + ((gain - 1.0) * own.flatten(1, -2) + gain * low).view(y.shape)
+
+        return run
+
+    return wrap
 
 
 def choose(program: Program, stored: Stored, index: Sequence[int] | Tensor) -> Stored:
@@ -132,39 +121,63 @@ def choose(program: Program, stored: Stored, index: Sequence[int] | Tensor) -> S
 def load_adapter(program: Program, stored: Stored, slot: int, directory: Directory) -> Stored:
     """`stored` with the adapter of a PEFT directory in a slot. `stored` is not written.
 
-    Its own rank (up to the program's; the rest is zero), alpha and rsLoRA. Raises `ValueError` for DoRA, per-module ranks, a larger rank, modules that the program
+    Its own rank (up to the program's; the rest is zero), alpha, rsLoRA and DoRA. Raises `ValueError` for per-module ranks, a larger rank, modules that the program
     has no adapters for, a slot that it has not, and files that cannot be read.
     """
     options, folder = _options(program), Path(directory)
     if not 0 <= slot < options["count"]:
         raise ValueError(f"load_adapter: slot {slot}, this program has 0 to {options['count'] - 1}")
     config = read_json(folder / "adapter_config.json")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
+    for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise ValueError(f"{folder}/adapter_config.json: {key}={config[key]!r} cannot be served beside others; fuse this adapter into weights of its own")  # fmt: skip
-    rank = config["r"]
-    scale = Lora(rank, float(config["lora_alpha"]), (), rslora=bool(config.get("use_rslora"))).scale
-    if rank > options["rank"]:
-        raise ValueError(f"{folder}/adapter_config.json: r is {rank}, the program's adapters(rank={options['rank']}); raise it")  # fmt: skip
+    settings = Lora(config["r"], float(config["lora_alpha"]), (), rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")))  # fmt: skip
+    if settings.rank > options["rank"]:
+        raise ValueError(f"{folder}/adapter_config.json: r is {settings.rank}, the program's adapters(rank={options['rank']}); raise it")  # fmt: skip
     found = {k.removeprefix("base_model.model."): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}  # fmt: skip
-    known = {k for part in stored.values() for k in part if ".lora_A." in k or ".lora_B." in k}
+    known = _known(program, settings.dora)
     for k in found:
         if k not in known:
             raise ValueError(f"{folder}: {k!r} is not adapted in this program; {tree.suggest(k, known)}; check adapters(targets=...)")  # fmt: skip
-    out: Stored = {}
-    for s, part in stored.items():
-        new = dict(part)
-        for k, v in part.items():
-            if k.endswith(".lora_scales"):
-                here = f"{k.removesuffix('.lora_scales')}.lora_A.weight" in found
-                new[k] = v.index_fill(0, torch.tensor([slot], device=v.device), scale if here else 0.0)
-            elif k in known:
-                whole = torch.zeros_like(v[slot])
-                if (x := found.get(k)) is not None:
-                    whole[: x.shape[0], : x.shape[1]] = x.to(whole)
-                new[k] = v.clone()
-                new[k][slot] = whole
-        out[s] = new
+    return {s: part | _slot(program.sites[s], part, slot, settings, found, folder) for s, part in stored.items()}
+
+
+def _weights(p: Program) -> list[str]:
+    """The adapted weights of a site."""
+    return [f"{k.removesuffix('.lora_rows')}.weight" for k in p.spec if k.endswith(".lora_rows")]
+
+
+def _known(program: Program, dora: bool) -> set[str]:
+    """The leaves that a file may hold."""
+    return {n for p in program.sites.values() for w in _weights(p) for n in names_in_files(w, dora)}
+
+
+def _slot(p: Program, part: Params, slot: int, settings: Lora, found: Params, folder: Path) -> Params:
+    """The changed leaves of a site."""
+    out: Params = {}
+    for weight in _weights(p):
+        a, b, scales, gains, _ = _names(weight)
+        given = [found.get(n) for n in names_in_files(weight, settings.dora)]
+        here = [x for x in given if x is not None]
+        if here and len(here) < len(given):
+            missing = names_in_files(weight, settings.dora)[given.index(None)]
+            raise ValueError(f"{folder}: adapter leaf {missing!r} is missing; the file is not whole")
+        gain = torch.ones_like(part[gains][slot])
+        if here and settings.dora:
+            whole = p.before("adapters", part)[1][weight]
+            gain = gain_of(settings, whole, here, weight in p.marks["transposed"]).to(gain)
+        changed = {scales: torch.tensor(settings.scale if here else 0.0), gains: gain}
+        changed |= {n: _padded(x, part[n][slot]) for n, x in zip((a, b), given[:2], strict=True)}
+        for k, x in changed.items():
+            out[k] = part[k].clone()
+            out[k][slot] = x
+    return out
+
+
+def _padded(x: Tensor | None, like: Tensor) -> Tensor:
+    out = torch.zeros_like(like)
+    if x is not None:
+        out[: x.shape[0], : x.shape[1]] = x.to(like)
     return out
 
 

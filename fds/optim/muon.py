@@ -96,7 +96,7 @@ def orthogonal(x: Tensor, *, steps: int = 5, coefficients: Sequence[float] = COE
     """
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    size: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    size = x.square().sum((-2, -1), keepdim=True).sqrt()
     x = x / size.clamp(min=eps)
     square = x.shape[-2] == x.shape[-1]
     x = _METHODS["standard" if square else method](x, steps, coefficients)

@@ -1,7 +1,7 @@
 """From a plan to what every leaf and every call of a module becomes on a rank: `Split`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,7 @@ class Split:
 
     def cut_of(self, leaf: str) -> Cut | None:
         """The cut of a stored leaf: of the module, or of an adapter beside a linear layer."""
-        base, adapter = re.sub(r"\.lora_[AB]\.weight$", ".weight", leaf), leaf[-8:-7]
+        base = re.sub(r"\.lora_([AB]\.weight|magnitude_vector)$", ".weight", leaf)
         cut = self.cuts.get(base)
         if base == leaf or cut is None:
             inside = any(leaf.startswith(s + ".") for s in self.core.sites)
@@ -72,9 +72,15 @@ class Split:
         if not cut.ranges:
             return cut
         by_output = cut.dim == self._output_dim(base.removesuffix(".weight"))
-        if by_output != (adapter == "B"):
+        if by_output == leaf.endswith(".lora_A.weight"):  # B and a magnitude have the outputs, A the inputs
             return SUMMED  # every rank has a part of the work that it does
         return attrs.evolve(cut, dim=0 if by_output else 1)
+
+    def rows(self, leaves: Iterable[str]) -> dict[str, Axis]:
+        """The weights among `leaves` that are split by inputs and have a magnitude, which is that of whole rows."""
+        names = set(leaves)
+        weights = [k for k in names if f"{k.removesuffix('.weight')}.lora_magnitude_vector" in names]
+        return {k: self.axis for k in weights if (cut := self.cuts.get(k)) is not None and cut.ranges and cut.dim != self._output_dim(k.removesuffix(".weight"))}  # fmt: skip
 
     # --- styles: one method each ---
 

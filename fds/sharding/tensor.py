@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from fds.frame import Apply, scoped
 from fds.layout import Held
 from fds.program import Lens, Program
 from fds.sharding.mesh import Axis
@@ -64,6 +65,10 @@ class _TensorParallel(Transform):
         core = program.core
         if core is None:
             raise ValueError("tensor_parallel: this program was not made from a module")
+        if any(t.name == "adapters" for t in program.history):
+            raise ValueError(
+                "tensor_parallel: adapters(...) of rows are not split over ranks; give every rank the whole model and rows of its own, or fuse one adapter: fuse_lora()"
+            )
         split = Split.of(core, self.axis, self.plan, self.sequence)
         return Transform.__call__(attrs.evolve(self, split=split, lens=partial(_lens, split)), program)
 
@@ -73,7 +78,19 @@ class _TensorParallel(Transform):
         new = super()._on_site(site, p)
         inside = set(core.modules(site))
         new = wrapped_calls(new, {path: w for path, w in split.wrappers().items() if path in inside})
-        return attrs.evolve(new, apply=split.around(site, new.apply))
+        return attrs.evolve(new, apply=split.around(site, _with_rows(split.rows(p.spec), new.apply)))
+
+
+def _with_rows(rows: Mapping[str, Axis], apply: Apply) -> Apply:
+    """Tell the lenses before this one which weights' rows are split."""
+    if not rows:
+        return apply
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with scoped(rows=rows):
+            return apply(*args, **kwargs)
+
+    return run
 
 
 def _lens(split: Split, p: Program) -> Lens | None:

@@ -9,23 +9,23 @@ from fds import tree
 from fds.inference import NONE, adapters, choose, load_adapter
 
 
-def written(folder, family, rank, alpha, rslora, seed):
+def written(folder, family, rank, alpha, rslora, seed, dora=False):
     """An adapter of random numbers in a PEFT directory; the program that it is of, and its weights."""
     program, params = fds.functionalize(zoo.build(family))
     targets = zoo.FAMILIES[family][1]
-    alone = fds.lora(rank=rank, targets=targets, alpha=alpha, rslora=rslora)(program)
+    alone = fds.lora(rank=rank, targets=targets, alpha=alpha, rslora=rslora, dora=dora)(program)
     stored, g = alone.place(params), torch.Generator().manual_seed(seed)
-    stored = {s: {k: torch.randn(v.shape, generator=g) * 0.2 if "lora_" in k else v for k, v in part.items()} for s, part in stored.items()}  # fmt: skip
+    stored = {s: {k: torch.randn(v.shape, generator=g) * 0.2 + (v if "magnitude" in k else 0) if "lora_" in k else v for k, v in part.items()} for s, part in stored.items()}  # fmt: skip
     fds.save_adapters(folder, alone, stored)
     return alone, stored
 
 
 @pytest.fixture(params=["llama", "gpt2"])
 def served(request, tmp_path):
-    """Two adapters of different ranks and scales in one program."""
+    """Two adapters of different ranks, scales and kinds in one program."""
     made = [
         written(tmp_path / str(i), request.param, *rest)
-        for i, rest in enumerate([(2, 4.0, False, 1), (3, 3.0, True, 2)])
+        for i, rest in enumerate([(2, 4.0, False, 1), (3, 3.0, True, 2, True)])
     ]
     program, params = fds.functionalize(zoo.build(request.param))
     serve = adapters(3, rank=4, targets=zoo.FAMILIES[request.param][1], rows=6)(program)
@@ -94,5 +94,11 @@ def test_files_that_do_not_fit(tmp_path):
         load_adapter(other, other.place(params), 0, tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
-    with pytest.raises(ValueError, match="use_dora"):
-        load_adapter(other, other.place(params), 0, tmp_path)
+    whole = adapters(1, rank=4, targets="*.q_proj")(program)
+    with pytest.raises(ValueError, match="magnitude_vector' is missing"):
+        load_adapter(whole, whole.place(params), 0, tmp_path)
+    config.write_text(config.read_text().replace('"use_dora": true', '"rank_pattern": {"a": 1}'))
+    with pytest.raises(ValueError, match="rank_pattern"):
+        load_adapter(whole, whole.place(params), 0, tmp_path)
+    with pytest.raises(ValueError, match="not split over ranks"):
+        fds.tensor_parallel(fds.sharding.Axis("tp", 1, 0))(whole)

@@ -94,6 +94,31 @@ def test_sites_are_moved_a_few_at_a_time(monkeypatch):
     assert max(most) == 1 and len(most) == 3
 
 
+def kept_alive():
+    """Of sites: the bytes of what serves, and of the buffers that it keeps alive; with adapters on every layer, the same by `relayout`, without adapters."""
+    axis = fds.sharding.mesh(dp=2)["dp"]
+    train, stored, _, _ = adapted(fds.shard(axis))
+    plain = fds.shard(axis)(train.origin)
+    trees = [
+        hybrid(train).weights(stored),
+        fds.relayout(train, fds.fuse_lora()(train.without("shard")))(stored),
+        hybrid(plain).weights(plain.place(train.restore(stored))),
+    ]
+    return [[_alive(part) for part in found.values()] for found in trees]
+
+
+def _alive(part):
+    buffers = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in part.values()}
+    return tree.nbytes(part), sum(buffers.values()), len(buffers)
+
+
+def test_what_serves_keeps_nothing_else_alive():
+    """Norms are views of a gathered buffer, whose weights adapters have made anew; where all of it is used, nothing is copied."""
+    for adapters, moved, plain in ranks.run(2, kept_alive):
+        assert all(held < 1.1 * size for size, held, _ in adapters + moved + plain)
+        assert min(buffers for *_, buffers in plain) == 1 < max(buffers for *_, buffers in adapters)
+
+
 def served_by_two():
     """Sharded training over two ranks, served by both together: the same prompts on both."""
     axis = fds.sharding.mesh(dp=2)["dp"]
