@@ -6,7 +6,7 @@ so a new learning rate is new data, not a new graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import optree
 import torch
@@ -269,8 +269,7 @@ def _parts(x: Any) -> list[tuple[str, Any]] | None:
     if tree.is_mapping(x):
         return [(str(k), x[k]) for k in sorted(x)]
     if isinstance(x, list | tuple):
-        values: Sequence[Any] = x
-        return [(str(i), v) for i, v in enumerate(values)]
+        return [(str(i), v) for i, v in enumerate(cast("Sequence[Any]", x))]
     return [] if x is None else None
 
 
