@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fds.deepspeed import client as clients
-from fds.deepspeed import saving
+from fds.deepspeed import saving, zero
 from fds.deepspeed.chain import recipe
 from fds.deepspeed.config import DeepSpeedConfig
 from fds.deepspeed.engine import Engine
@@ -81,6 +81,8 @@ def initialize(
     front = _front(made, groups)
     schedules = [None if g.schedule is None else value(g.schedule, {}).learning_rate for g in groups]
     engine = Engine(model, found, built, recipe=plan, optimizer=front, schedules=schedules, client=made, collate=collate_fn)  # fmt: skip
+    for module in {id(m): m for m in (model, engine.program.origin.core.module)}.values():
+        zero.attach(module, engine, getattr(built.get("step"), "tx", None))  # for `zero.GatheredParameters`
     engine.lr_scheduler = _scheduler(lr_scheduler, front, made, found, groups, engine)
     if training_data is not None:
         engine.training_dataloader = saving.loader(engine, training_data, collate_fn=collate_fn)
