@@ -78,7 +78,8 @@ def compared(case: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[st
     row: dict[str, Any] = {"case": case, "tolerance": limit, "fds": ours, "deepspeed": theirs}
     if "losses" in ours and "losses" in theirs:
         row["difference"] = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-        row["ok"] = row["difference"] <= limit and ours["losses"][-1] < ours["losses"][0]
+        learned, skipped = ours["losses"][-1] < ours["losses"][0], ours["skipped"] == theirs["skipped"]
+        row["ok"] = row["difference"] <= limit and learned and skipped and ours.get("generates", True)
     else:
         row["ok"] = False
     return row

@@ -39,7 +39,7 @@ def cases(folder: str) -> dict[str, dict[str, Any]]:
         "offload-cpu": zero(3, **away),
         "offload-nvme": zero(3, **files),
         "bf16": {**zero(2), "bf16": {"enabled": True}},
-        "fp16": {**zero(2), "fp16": {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 5}},
+        "fp16": {**zero(2), "fp16": {"enabled": True, "initial_scale_power": 22}},
         "lora-zero-3": zero(3),
         "hybrid-engine": {**zero(2), "hybrid_engine": {"enabled": True, "max_out_tokens": 64}},
         "activation-checkpointing": {**zero(2), "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False}},
@@ -86,6 +86,8 @@ def model(case: str, folder: Path) -> nn.Module:
 def losses(deepspeed: Any, case: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """DeepSpeed's training loop."""
     made = model(case, folder)
+    if deepspeed.__name__ == "deepspeed":
+        config = {k: v for k, v in config.items() if k != "hybrid_engine"}  # its kernels have no CPU form: it raises
     trained = [p for p in made.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=made, model_parameters=trained, config=config)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -102,9 +104,10 @@ def losses(deepspeed: Any, case: str, config: dict[str, Any], folder: Path) -> d
         dist.all_reduce(mean)
         found.append(float(mean / world))
     facts = {"norm": float(engine.get_global_grad_norm() or 0.0), "skipped": int(engine.skipped_steps)}
-    if case == "hybrid-engine":
+    if case == "hybrid-engine" and deepspeed.__name__ == "fds":
         engine.eval()
-        facts["tokens"] = engine.generate(data[0, :2, :8], max_new_tokens=8, do_sample=False).tolist()
+        prompts, greedy = data[0, :2, :8], {"max_new_tokens": 8, "do_sample": False}
+        facts["generates"] = torch.equal(engine.generate(prompts, **greedy), engine.module.generate(prompts, **greedy))
     return {"losses": found, **facts}
 
 

@@ -61,8 +61,8 @@ def main() -> None:
         engine.backward(loss)
         engine.step()
         seen += 1
-        if engine.is_gradient_accumulation_boundary() and engine.global_rank == 0:
-            print(f"step {engine.global_steps}: loss {loss.item():.4f}, lr {engine.get_lr()[0]:.2e}, norm {engine.get_global_grad_norm() or 0:.3f}")  # fmt: skip
+        if engine.was_step_applied() and engine.global_rank == 0:
+            print(f"step {engine.global_steps}: loss {loss.item():.4f}, lr {engine.get_lr()[0]:.2e}, norm {engine.get_global_grad_norm():.3f}")  # fmt: skip
 
     engine.save_checkpoint(args.checkpoints, client_state={"batches": seen})
     engine.save_16bit_model(args.checkpoints, "pytorch_model.bin")

@@ -23,7 +23,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         super().__init__([{"params": [nn.Parameter(torch.empty(0))]} for _ in groups], {})
         self.param_groups: list[dict[str, Any]] = list(groups)
 
-    def step(self, closure: Any = None) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> Any:
         raise ValueError(f"optimizer.step(): {_BY_ENGINE.format(what='optimizer')}")
 
     def zero_grad(self, set_to_none: bool = True) -> None:

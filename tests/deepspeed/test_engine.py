@@ -129,7 +129,7 @@ def test_two_ranks_follow_one_process(name, tmp_path):
     assert got == pytest.approx(want, abs=2e-2 if low else 2e-5)
     for k, x in state.items():
         far = (x.float() - weights[k]).abs()
-        assert far.mean() < 2e-3 if low else far.max() < 2e-5, k  # Adam makes a whole step of a gradient's wrong sign
+        assert far.mean() < 4e-3 if low else far.max() < 2e-5, k  # Adam makes a whole step of a gradient's wrong sign
 
 
 # --- groups, frozen leaves, schedulers: the client's own ---
@@ -464,7 +464,7 @@ def test_training_data_is_the_third_result_and_goes_on(tmp_path):
     assert [float(again.train_batch()) for _ in range(3)] == want
 
 
-def test_what_it_says_and_measures(tmp_path, capfd):
+def test_what_it_says_and_measures(tmp_path, caplog):
     """Lines, events, a profile, and a curriculum, as the configuration asks for them."""
     course = {"enabled": True, "curriculum_type": "seqlen", "min_difficulty": 4, "max_difficulty": 12, "schedule_type": "fixed_linear", "schedule_config": {"total_curriculum_step": 2, "difficulty_step": 4}}  # fmt: skip
     given = config(
@@ -472,6 +472,7 @@ def test_what_it_says_and_measures(tmp_path, capfd):
         csv_monitor={"enabled": True, "output_path": str(tmp_path), "job_name": "job"},
         flops_profiler={"enabled": True, "profile_step": 1, "output_file": str(tmp_path / "flops.txt")},
     )  # fmt: skip
+    caplog.set_level("INFO", "fds.deepspeed")
     engine, *_ = made(given)
     seen = [engine(input_ids=rows(0), labels=rows(0)).logits.shape[1]]
     drive(engine, 2)
@@ -479,7 +480,7 @@ def test_what_it_says_and_measures(tmp_path, capfd):
     engine.eval()
     assert [*seen, engine(input_ids=rows(0)).logits.shape[1]] == [8, 12, 12]
     engine.destroy()
-    said = capfd.readouterr().out
+    said = caplog.text
     assert "step=2, skipped=0, lr=[0.01]" in said and "memory now" in said and "time (ms) | fwd:" in said
     assert (tmp_path / "job" / "Train_Samples_train_loss.csv").read_text().startswith("step,train_loss\n8,")
     text = (tmp_path / "flops.txt").read_text()
