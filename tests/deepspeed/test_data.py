@@ -64,7 +64,7 @@ def test_a_position_goes_on_under_other_ranks_and_batch_sizes(before, after, tak
         loader.load_state_dict(position)
         seen += [x for batch in rows_of(loader) for x in batch]
         assert loader.state_dict() == {"seed": 5, "epoch": 1, "row": 0, "length": 36}
-    assert sorted(seen) == list(range(36))
+    assert set(seen) == set(range(36)) and len(seen) - 36 == -(36 - position["row"]) % n  # but for the end of the epoch
 
 
 def test_a_position_is_saved_with_a_run(tmp_path):
