@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fds.deepspeed.entry import initialize
     from fds.deepspeed.errors import DeepSpeedConfigError, UnsupportedKeyWarning
     from fds.deepspeed.logging import log_dist, logger
+    from fds.deepspeed.profiler import get_model_profile
     from fds.deepspeed.schedules import add_tuning_arguments
     from fds.deepspeed.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
     from fds.deepspeed.version import __git_branch__, __git_hash__, is_compile_supported
@@ -34,6 +35,7 @@ _WHERE = {
     "add_config_arguments": "arguments",
     "add_tuning_arguments": "schedules",
     "get_accelerator": "accelerator",
+    "get_model_profile": "profiler",
     "initialize": "entry",
     "is_compile_supported": "version",
     "log_dist": "logging",
@@ -54,6 +56,7 @@ __all__ = [
     "add_tuning_arguments",
     "checkpointing",
     "get_accelerator",
+    "get_model_profile",
     "initialize",
     "is_compile_supported",
     "log_dist",
