@@ -215,11 +215,11 @@ def _lengths(weight: Tensor, transposed: bool, axis: Any = None) -> Tensor:
 
 def _adapted(settings: Lora, name: str, leaves: Params, transposed: bool, *, traced: bool = True) -> Tensor:
     """W', in float32 at least. Not `traced`: nothing is recorded, and one tensor made."""
-    adapter = [leaves[n] for n in names_in_files(name, settings.dora)]
-    v = _direction(settings, leaves[name], *adapter[:2], transposed, traced=traced)
+    a, b, *magnitude = (leaves[n] for n in names_in_files(name, settings.dora))
+    v = _direction(settings, leaves[name], a, b, transposed, traced=traced)
     if not settings.dora:
         return v
-    gain = _gain(adapter[2], v, transposed, FRAME.get().rows.get(name))
+    gain = _gain(magnitude[0], v, transposed, FRAME.get().rows.get(name))
     gain = gain if transposed else gain[:, None]
     return v * gain if traced else v.mul_(gain)
 
