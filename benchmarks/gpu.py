@@ -20,6 +20,7 @@ import gpu_work_optimizer
 import gpu_work_quantize
 import torch
 from common import machine, versions
+from gpu_ladder import ladder
 from gpu_model import decoding, training
 from torch import Tensor
 
@@ -159,9 +160,10 @@ def main() -> None:
         result["speeds"] = speeds(result["ceilings"])
     limits = result.get("ceilings")
     result["model"] = {}
-    for name, f in (("training step", training), ("decode step", decoding)):
+    for name, f in (("training step", training), ("decode step", decoding), ("generation", ladder)):
         try:
-            result["model"][name] = f(limits)
+            measured = f(limits)
+            result["model"] |= measured if f is ladder else {name: measured}
         except Exception as error:
             traceback.print_exc(limit=-3, file=sys.stderr)
             result["model"][name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
@@ -184,7 +186,7 @@ def table(result: dict[str, Any]) -> None:
         print(f"{name}: {_told(found)}")
     if "speeds" not in result:
         print(
-            "No GPU: kernels, graphs and speed were left out; what ran is the CPU path of every operator, and both steps on a tiny model: their times say nothing."
+            "No GPU: kernels, graphs and speed were left out; what ran is the CPU path of every operator, and the models' steps on tiny ones: their times say nothing."
         )
         return
     top = result["ceilings"]

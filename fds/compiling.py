@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fds import tree
 from fds._torch import nonstrict_trace
-from fds.lowering import lowered
+from fds.lowering import by_products, lowered
 from fds.memory import keep_freed
 from fds.program import Program
 from fds.transform import Transform, whole
@@ -24,7 +24,7 @@ from fds.transform import Transform, whole
 
 def traced(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` itself in eager; one traced region, not inlined by Dynamo, inside anybody's `torch.compile`."""
-    nonstrict = nonstrict_trace(lowered(f))
+    nonstrict = nonstrict_trace(by_products(lowered(f)))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return nonstrict(*args, **kwargs) if torch.compiler.is_compiling() else f(*args, **kwargs)

@@ -45,6 +45,38 @@ def test_attention_and_its_gradients(mask):
         assert torch.allclose(g.float(), w, atol=2**-6 * float(w.abs().max()))
 
 
+@pytest.mark.parametrize("masked", ["nothing", "later", "causal", "a whole row"])
+def test_the_gradient_of_attention_by_products(masked):
+    qkv = [drawn(2, 4, 48, 32, seed=i).requires_grad_() for i in range(3)]
+    wide = [t.detach().float().requires_grad_() for t in qkv]
+    mask = torch.ones(48, 48, dtype=torch.bool)
+    mask = {"later": mask.tril(), "a whole row": mask.tril(-1)}.get(masked)
+
+    def f(q, k, v):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=masked == "causal")
+        return out.nan_to_num(0.0).float().square().sum()
+
+    calls = []
+    with lowering.AttentionByProducts(WIDE) as mode:
+        real, mode._worth = mode._worth, lambda *a: calls.append(real(*a)) or calls[-1]
+        got = torch.autograd.grad(f(*qkv), qkv)
+    assert calls == [True]
+    for g, w in zip(got, torch.autograd.grad(f(*wide), wide), strict=True):
+        assert g.dtype == LOW
+        assert torch.allclose(g.float(), w, atol=2**-5 * float(w.abs().max()))
+
+
+def test_what_stays_with_the_kernel(monkeypatch):
+    """Other dtypes, dropout, and more weights than fit into a cache."""
+    q = drawn(1, 2, 16, 8)
+    mode = lowering.AttentionByProducts(WIDE)
+    assert mode._worth(q, q, q, 0.0)
+    assert not mode._worth(q.float(), q.float(), q.float(), 0.0)
+    assert not mode._worth(q, q, q, 0.1)
+    monkeypatch.setattr(lowering, "_ATTENDED", 2 * 16 * 16 - 1)
+    assert not mode._worth(q, q, q, 0.0)
+
+
 def products(f, *args):
     """The dtype of every matrix product in the graph of `f`."""
     graph = make_fx(f, tracing_mode="fake")(*args).graph
@@ -92,9 +124,9 @@ def test_the_processor_is_asked(monkeypatch):
     has = {"avx512_bf16": True, "amx_fp16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     monkeypatch.setattr(lowering.platform, "machine", lambda: "x86_64")
-    assert lowering.emulated() == {torch.float16}
+    assert lowering.emulated() == {torch.float16} and lowering.native() == {torch.bfloat16}
     monkeypatch.setattr(lowering.platform, "machine", lambda: "aarch64")
-    assert lowering.emulated() == frozenset(), "its instructions are not known here: left as it is"
+    assert lowering.emulated() == lowering.native() == frozenset(), "its instructions are not known here: left as it is"
 
 
 def test_an_eager_train_step_is_lowered_and_a_program_by_itself_is_not(monkeypatch):

@@ -10,6 +10,8 @@ passes over a chunk.
 
 Two operators. `linear_cross_entropy` gives every row's loss, and computes the logits again in backward (8 N V H multiply-adds with the
 gradients). `linear_cross_entropy_sum` is for a weighted sum, whose gradient it computes along the way (6 N V H).
+On a CPU the products are of float32; the sum's are of the hidden states' dtype where the processor has instructions for it, and so its logits
+and their gradients are rounded, as they are in a model that returns its logits.
 Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989.
 """
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from fds._torch import inside_functorch
 from fds.kernels.registry import Configured, define
 from fds.kernels.triton_or_not import jit, launch, tl
+from fds.lowering import native
 
 CHUNK = 2**24  # bytes of float32 logits at a time on a CPU; 16 times as many on a GPU, so that products fill it
 IGNORED = -100
@@ -94,6 +97,23 @@ def _aten(hidden: Tensor) -> _Arithmetic:
         return d.mT @ h if total is None else torch.addmm(total, d.mT, h)
 
     return _Arithmetic(lambda t: t.to(wide), lambda h, w: h @ w.mT, _rows, accumulate)
+
+
+def _native(hidden: Tensor) -> _Arithmetic:
+    """Products of the hidden states' own dtype, each rounded, where that is what the processor is good at: four times as fast as in float32."""
+    if hidden.device.type != "cpu" or hidden.dtype not in native():
+        return _aten(hidden)
+    low = hidden.dtype
+
+    def rows(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        loss, lse, spread, d = _rows(*args)
+        return loss, lse, spread, None if d is None else d.to(low)
+
+    def accumulate(total: Tensor | None, d: Tensor, h: Tensor) -> Tensor:
+        part = (d.mT @ h).float()
+        return part if total is None else total.add_(part)
+
+    return _Arithmetic(lambda t: t.to(low), lambda h, w: (h @ w.mT).float(), rows, accumulate)
 
 
 # --- kernel ---
@@ -359,7 +379,7 @@ _weighted_sum = define(
     f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor scale, {_TERMS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     formula="sum_n scale_n loss_n, and its gradients by h, W, b",
     why=_WHY,
-    reference=lambda hidden, *rest: _sum(_aten(hidden), hidden, *rest),
+    reference=lambda hidden, *rest: _sum(_native(hidden), hidden, *rest),
     kernel=lambda hidden, *rest: _sum(_triton(hidden), hidden, *rest),
     backward=_sum_backward,
     first_order=(0,),

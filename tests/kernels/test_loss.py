@@ -66,6 +66,30 @@ def test_low_precision(dtype):
     )
 
 
+def test_a_sum_by_low_products_is_that_of_a_model_that_returns_its_logits(monkeypatch):
+    """On a processor with instructions for them. Gradients and loss are as far from float64 as those of the module are."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 16 * 4 * 200)
+    monkeypatch.setattr(cross_entropy, "native", lambda: {torch.bfloat16})
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in inputs(40, 64, 200, torch.bfloat16)]
+    hidden, weight, bias, target = leaves
+    scale = torch.full((40,), 1 / 40)
+
+    def by_module():
+        logits = hidden @ weight.T + bias
+        return torch.nn.functional.cross_entropy(logits.float(), target)
+
+    def gradients(loss):
+        return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, leaves[:3]))]
+
+    want = gradients((by_hand(*leaves) * scale).sum())
+    got = gradients(linear_cross_entropy(hidden, weight, target, bias=bias, scale=scale))
+    for g, m, w in zip(got, gradients(by_module()), want, strict=True):
+        assert (g - w).abs().max() <= 1.5 * (m - w).abs().max() + 1e-6
+    monkeypatch.setattr(cross_entropy, "native", frozenset)
+    exact = gradients(linear_cross_entropy(hidden, weight, target, bias=bias, scale=scale))
+    assert (exact[0] - want[0]).abs() < 1e-5 < (got[0] - want[0]).abs()
+
+
 def test_log_probabilities_and_entropy():
     hidden, weight, bias, _ = inputs(9)
     target = torch.arange(9)
