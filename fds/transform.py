@@ -10,7 +10,6 @@ from typing import Any, ParamSpec, Protocol, overload
 
 import attrs
 import torch
-from torch import Tensor
 
 from fds import tree
 from fds.frame import FRAME, Wrap, scoped
@@ -399,7 +398,7 @@ def relayout(src: Program, dst: Program) -> Callable[[Any], Any]:
         out: Stored = {}
         for s, p in dst.sites.items():
             down, up = bridge(src.sites[s], p)
-            out[s] = owned(up(down(stored[s])), stored[s])
+            out[s] = tree.compact(up(down(stored[s])), keep=stored[s])
         return out
 
     return run
@@ -411,26 +410,6 @@ def check_same_module(a: Program, b: Program, *, what: str) -> None:
         raise ValueError(
             f"{what}: the programs have different sites or leaves ({len(a.sites)} and {len(b.sites)} sites); both have to come from one functionalize"
         )
-
-
-def owned(moved: Params, stored: Params) -> Params:
-    """`moved` with small leaves copied out of large buffers that nothing else in it needs, as gathered ones of which adapters made new weights.
-
-    A buffer of `stored` is left alone; so is one of which more is used than is not, as copies would cost more than they free.
-    """
-
-    kept = {x.untyped_storage().data_ptr() for x in stored.values()}
-    used: dict[int, int] = {}  # bytes by buffer
-    for x in moved.values():
-        where = x.untyped_storage().data_ptr()
-        used[where] = used.get(where, 0) + x.nbytes
-
-    def small(x: Tensor) -> bool:
-        buffer = x.untyped_storage()
-        return buffer.data_ptr() not in kept and 2 * used[buffer.data_ptr()] <= buffer.nbytes()
-
-    found = {k: x.clone() for k, x in moved.items() if small(x)}
-    return {**moved, **found} if found else moved
 
 
 def bridge(src: Program, dst: Program) -> tuple[Callable[[Params], Params], Callable[[Params], Params]]:

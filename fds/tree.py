@@ -175,6 +175,29 @@ def _square_sums_shape(tensors: list[Tensor]) -> Tensor:
 _SQUARE_SUMS = opaque_operator("square_sums", "(Tensor[] tensors) -> Tensor", _square_sums, _square_sums_shape)
 
 
+def compact(moved: Params, *, keep: Params) -> Params:
+    """`moved` with small leaves copied out of large buffers that nothing else in it needs, as a norm's out of a gathered one whose weights were made anew.
+
+    A buffer that belongs to `keep` is left alone; so is one of which more is used than is not, as copies would cost more than they free.
+
+    >>> small = compact({"a": torch.zeros(100)[:10]}, keep={})["a"]
+    >>> small.untyped_storage().nbytes()
+    40
+    """
+    kept = {x.untyped_storage().data_ptr() for x in keep.values()}
+    used: dict[int, int] = {}  # bytes by buffer
+    for x in moved.values():
+        where = x.untyped_storage().data_ptr()
+        used[where] = used.get(where, 0) + x.nbytes
+
+    def small(x: Tensor) -> bool:
+        buffer = x.untyped_storage()
+        return buffer.data_ptr() not in kept and 2 * used[buffer.data_ptr()] <= buffer.nbytes()
+
+    found = {k: x.clone() for k, x in moved.items() if small(x)}
+    return {**moved, **found} if found else moved
+
+
 def matches(pattern: str, leaf: str) -> bool:
     """Whether the shell pattern names the leaf itself or a module that contains it.
 

@@ -21,7 +21,7 @@ from fds.inference.workspace import Workspace
 from fds.lora import fuse_lora
 from fds.precision import cast
 from fds.program import Program, check_stored
-from fds.transform import Transform, bridge, check_same_module, owned
+from fds.transform import Transform, bridge, check_same_module
 
 _LEFT_OUT = ("shard", "replicate", "quantized", "checkpoint", "offload", "compile", "at")
 
@@ -118,7 +118,7 @@ class Hybrid:
             bridges = {s: bridge(self.train.sites[s], self.serve.sites[s]) for s in names[at : at + self._together]}
             between = {s: down(stored[s]) for s, (down, _) in bridges.items()}
             for s, (_, up) in bridges.items():
-                moved[s] = owned(up(between.pop(s)), stored[s])
+                moved[s] = tree.compact(up(between.pop(s)), keep=stored[s])
         return moved
 
 
