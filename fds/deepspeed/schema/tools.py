@@ -70,6 +70,15 @@ class CSVMonitor:
 
 
 @attrs.frozen(kw_only=True)
+class JsonlMonitor:
+    """ "jsonl_monitor"."""
+
+    enabled: bool = key(False, BOOLEAN, "yes", "as tensorboard, a line of JSON for each event; a section of fds's own")
+    output_path: str = key("", PATH, "yes", "its directory")
+    job_name: str = key("DeepSpeedJobName", TEXT, "yes", "a directory below output_path")
+
+
+@attrs.frozen(kw_only=True)
 class CommsLogger:
     """ "comms_logger"."""
 
@@ -242,6 +251,6 @@ class CurriculumLearning:
 
 
 __all__ = [
-    "AIO", "ActivationCheckpointing", "CSVMonitor", "Checkpoint", "Comet", "CommsLogger", "Compile", "CurriculumLearning", "FlopsProfiler", "HybridEngine", "TensorBoard",
+    "AIO", "ActivationCheckpointing", "CSVMonitor", "Checkpoint", "Comet", "CommsLogger", "Compile", "CurriculumLearning", "FlopsProfiler", "HybridEngine", "JsonlMonitor", "TensorBoard",
     "TensorParallel", "Timers", "WandB",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from fds.deepspeed.schema.tools import (
     CurriculumLearning,
     FlopsProfiler,
     HybridEngine,
+    JsonlMonitor,
     TensorBoard,
     TensorParallel,
     Timers,
@@ -66,6 +67,7 @@ class Top:
     wandb: WandB = section(WandB)
     comet: Comet = section(Comet)
     csv_monitor: CSVMonitor = section(CSVMonitor)
+    jsonl_monitor: JsonlMonitor = section(JsonlMonitor)
     comms_logger: CommsLogger = section(CommsLogger)
     flops_profiler: FlopsProfiler = section(FlopsProfiler)
     timers: Timers = section(Timers)
