@@ -44,6 +44,11 @@ def each_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return torch._foreach_norm(tensors, dtype=torch.float32)
 
 
+def matrix_norm(x: Tensor) -> Tensor:
+    """The Frobenius norm of each matrix: [..., m, n] -> [..., 1, 1]."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+
+
 def fused_adam(params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], count: Tensor, ok: Tensor, *, decoupled: bool, **hyper: float) -> None:  # fmt: skip
     """Adam (with decoupled decay AdamW) over the given contiguous tensors by torch's one kernel, unless `ok` (0-D bool) is False; `count` from 1."""
     counts = [count.float()] * len(params)

@@ -6,7 +6,7 @@ so a new learning rate is new data, not a new graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import optree
 import torch
@@ -247,10 +247,17 @@ def by_name(x: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
 
 
 def refilled(x: Any, leaves: Mapping[str, Any], path: tuple[str, ...] = ()) -> Any:
-    """The tree with other leaves, by name; ``()``, nothing, where there is none."""
+    """The tree with other leaves, by name; ``()``, nothing, where there is none, and in place of what has none below.
+
+    >>> refilled({"a": {"b": 1}, "c": [2, 3]}, {"c/1": 4})
+    {'a': (), 'c': [(), 4]}
+    """
     parts = _parts(x)
     if parts is None:
         return leaves.get(_name(path), ())
+    below = by_name(x, path)
+    if below and not any(name in leaves for name, _ in below):
+        return ()  # not a dictionary of nothing, which Dynamo takes for a constant that it cannot flatten
     if tree.is_mapping(x):
         return {k: refilled(v, leaves, (*path, str(k))) for k, v in x.items()}
     new = [refilled(v, leaves, (*path, k)) for k, v in parts]
@@ -262,7 +269,7 @@ def _parts(x: Any) -> list[tuple[str, Any]] | None:
     if tree.is_mapping(x):
         return [(str(k), x[k]) for k in sorted(x)]
     if isinstance(x, list | tuple):
-        return [(str(i), v) for i, v in enumerate(x)]
+        return [(str(i), v) for i, v in enumerate(cast("Sequence[Any]", x))]
     return [] if x is None else None
 
 

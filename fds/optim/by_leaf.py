@@ -120,7 +120,7 @@ def _own(params: Any, plans: dict[str, _Plan], axis: Axis) -> Any:
 def _cut(flat: Tensor, like: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Views of a buffer by name; what is behind them is padding."""
     sizes = [leaf.numel() for _, leaf in like]
-    parts = flat.split([*sizes, flat.numel() - sum(sizes)])
+    parts = torch.split(flat, [*sizes, flat.numel() - sum(sizes)])
     return {name: part.view(leaf.shape) for (name, leaf), part in zip(like, parts, strict=False)}
 
 

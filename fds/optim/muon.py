@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fds import tree
+from fds._torch import matrix_norm
 from fds.optim.base import Norm, Optimizer, by_name, check_like, checked, hyperparams
 from fds.optim.state import Rate, RuleState, beside, counter, moment, rate_of
 
@@ -96,7 +97,7 @@ def orthogonal(x: Tensor, *, steps: int = 5, coefficients: Sequence[float] = COE
     """
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    x = x / matrix_norm(x).clamp(min=eps)
     square = x.shape[-2] == x.shape[-1]
     x = _METHODS["standard" if square else method](x, steps, coefficients)
     return x.mT if tall else x

@@ -11,6 +11,7 @@ Seide et al. 2014 (one bit); Karimireddy et al. 2019, arXiv:1901.09847 (scale an
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,7 @@ def _mean(x: Tensor, worker: Tensor, server: Tensor, valid: Tensor, how: Tensor,
     message = _message(codes, scales, n)
     got = torch.empty_like(message)
     with collective("all_to_all", message, group) as ranks:
-        dist.all_to_all_single(got.view(-1), message.view(-1), group=ranks)
+        dist.all_to_all_single(got.view(-1), message.view(-1), group=ranks)  # pyright: ignore[reportUnknownMemberType]
     mine = valid[rank * rows : (rank + 1) * rows]
     part = decode(*_apart(got, rows, x.dtype)).mean(0) + server
     codes, scales = encode(part, mine)
@@ -101,11 +102,15 @@ def _mean(x: Tensor, worker: Tensor, server: Tensor, valid: Tensor, how: Tensor,
     return decode(*_apart(whole, rows, x.dtype)).view(x.shape).where(valid, 0.0), worker, server
 
 
+def _shapes(x: Tensor, worker: Tensor, server: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(worker), torch.empty_like(server)
+
+
 _MEAN = opaque_operator(
     "one_bit_mean",
     "(Tensor x, Tensor worker, Tensor server, Tensor valid, Tensor how, int n, int rank, str group) -> (Tensor, Tensor, Tensor)",
     _mean,
-    lambda x, worker, server, *_: (torch.empty_like(x), torch.empty_like(worker), torch.empty_like(server)),
+    _shapes,
 )
 
 

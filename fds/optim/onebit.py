@@ -121,7 +121,7 @@ def onebit_lamb(
 def _check(what: str, learning_rate: Rate, options: dict[str, float], freeze_step: int) -> None:
     for name, value in {"learning_rate": learning_rate, **options}.items():
         checked(name, value)
-    if not isinstance(freeze_step, int) or freeze_step < 1:
+    if freeze_step < 1:
         raise ValueError(f"{what}: freeze_step={freeze_step!r}, required a number of updates >= 1, which the variance is averaged over")  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optree
 from torch import Tensor
 
 from fds import tree
@@ -72,8 +71,8 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Labels) -> Optimizer:
         return _joined(params, results), {label: s for label, (_, s) in results.items()}
 
     def members(params: Any) -> list[Member]:
-        parts = split(optree.tree_map(lambda part: part.held, params))
-        return [Member((label,), label, optimizers[label], _only(params, own)) for label, own in parts.items()]
+        held = refilled(params, {name: part.held for name, part in by_name(params)})
+        return [Member((label,), label, optimizers[label], _only(params, own)) for label, own in split(held).items()]
 
     return Optimizer(init, update, step=step, members=members, whole=True, named=True)
 

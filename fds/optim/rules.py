@@ -10,7 +10,7 @@ from torch import Tensor
 from fds import tree
 from fds.optim import in_place as kernels
 from fds.optim.base import Hyper, Norm, Optimizer, Schedule, check_like, checked, hyperparams, stateless
-from fds.optim.state import Rate, RuleState, beside, counter, mass, moment, rate_of
+from fds.optim.state import Rate, RuleState, beside, counter, decayed, mass, moment, rate_of
 
 
 def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
@@ -40,10 +40,7 @@ def sgd(learning_rate: Rate, *, momentum: float = 0.0, nesterov: bool = False, w
         h, rate = state.hyper, rate_of(learning_rate, state)
         wide: Any = state.moments.get("momentum", params)  # float32 for parameters of low precision
 
-        def decayed(g: Tensor, p: Tensor, m: Tensor) -> Tensor:
-            return (g.to(m.dtype) + h["weight_decay"] * p.to(m.dtype)).to(m.dtype)
-
-        step = grads = tree.map(decayed, grads, params, wide)
+        step = grads = decayed(grads, params, wide, h["weight_decay"])
         moments: dict[str, Any] = {}
         if momentum:
             moments["momentum"] = step = tree.map(
@@ -130,12 +127,7 @@ def _adam(learning_rate: Rate, bias_correction: bool, decoupled: bool, **options
             return (change - (rate * h["weight_decay"]) * p if decoupled else change).to(m.dtype)
 
         if not decoupled:
-            grads = tree.map(
-                lambda g, p, m: (g.to(m.dtype) + h["weight_decay"] * p.to(m.dtype)).to(m.dtype),
-                grads,
-                params,
-                state.moments["mu"],
-            )
+            grads = decayed(grads, params, state.moments["mu"], h["weight_decay"])
         mu, nu = tree.map(average, state.moments["mu"], grads), tree.map(square, state.moments["nu"], grads)
 
         return tree.map(step, mu, nu, params), RuleState(count, {"mu": mu, "nu": nu}, h)
@@ -183,9 +175,7 @@ def adagrad(
         check_like(grads, params)
         h, old = state.hyper, state.moments["sum"]
         rate = rate_of(learning_rate, state) / (1 + state.updates * h["rate_decay"])
-        grads = tree.map(
-            lambda g, p, s: (g.to(s.dtype) + h["weight_decay"] * p.to(s.dtype)).to(s.dtype), grads, params, old
-        )
+        grads = decayed(grads, params, old, h["weight_decay"])
         sums = tree.map(lambda s, g: s + g.square(), old, grads)
         updates = tree.map(lambda s, g: (-rate * (g / (s.sqrt() + h["eps"]))).to(s.dtype), sums, grads)
         return updates, RuleState(state.updates + 1, {"sum": sums}, h)

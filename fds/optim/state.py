@@ -50,6 +50,15 @@ def beside(hyper: Hyper, params: Any) -> Hyper:
     return {k: v.to(home(params)) for k, v in hyper.items()}
 
 
+def decayed(grads: Any, params: Any, moments: Any, weight_decay: Tensor) -> Any:
+    """``grad + weight_decay * param``, in the dtype of the moments."""
+
+    def one(g: Tensor, p: Tensor, m: Tensor) -> Tensor:
+        return (g.to(m.dtype) + weight_decay * p.to(m.dtype)).to(m.dtype)
+
+    return tree.map(one, grads, params, moments)
+
+
 def mass(b: Tensor, count: Tensor) -> Tensor:
     """``1 - b**count``, as an expm1: Inductor computes that once, where it would put a power into the inner loop of every leaf."""
     return -torch.expm1(count * b.log())

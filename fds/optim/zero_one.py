@@ -38,7 +38,7 @@ def zero_one_adam(
         checked(name, value)
     numbers = {"var_freeze_step": var_freeze_step, "var_update_scaler": var_update_scaler, "local_step_scaler": local_step_scaler, "local_step_clipper": local_step_clipper}  # fmt: skip
     for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
+        if value < 1:
             raise ValueError(f"zero_one_adam: {name}={value!r}, required a whole number >= 1")
 
     def init(params: Any) -> RuleState:
@@ -82,7 +82,8 @@ def zero_one_adam(
             **_policy(old, together, exact),
             "rates": rates,
         }
-        updates = tree.map(lambda a, d, p: (a + d).to(p.dtype).to(a.dtype) - p.to(a.dtype), anchor, moved, params)
+        there = _there(moments, params)
+        updates = tree.map(lambda t, p: t.to(wide(t.dtype)) - p.to(wide(p.dtype)), there, params)
         return updates, RuleState(count, moments, h)
 
     def _policy(old: dict[str, Tensor], together: Tensor, exact: Tensor) -> dict[str, Tensor]:
@@ -101,7 +102,20 @@ def zero_one_adam(
 
 def _step(mu: Any, root: Any, params: Any, rate: Tensor, h: dict[str, Tensor]) -> Any:
     """Adam's step with decoupled decay."""
-    return tree.map(lambda m, r, p: (-rate * (m / r) - (rate * h["weight_decay"]) * p).to(m.dtype), mu, root, params)
+
+    def one(m: Tensor, r: Tensor, p: Tensor) -> Tensor:
+        return (-rate * (m / r) - (rate * h["weight_decay"]) * p.to(m.dtype)).to(m.dtype)
+
+    return tree.map(one, mu, root, params)
+
+
+def _there(moments: dict[str, Any], params: Any) -> Any:
+    """Parameters, as the state says."""
+
+    def one(anchor: Tensor, moved: Tensor, p: Tensor) -> Tensor:
+        return (anchor + moved).to(p.dtype)
+
+    return tree.map(one, moments["anchor"], moments["moved"], params)
 
 
 def _exactly(update: Update) -> Step:
@@ -109,8 +123,7 @@ def _exactly(update: Update) -> Step:
 
     def step(grads: Any, state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any]:
         _, new = update(grads, state, params, norm=norm)
-        moments = new.rule.moments
-        there = tree.map(lambda a, d, p: (a + d).to(p.dtype), moments["anchor"], moments["moved"], params)
+        there = _there(new.rule.moments, params)
         return guarded(ok, there, params), guarded(ok, new, state)
 
     return step
