@@ -152,9 +152,10 @@ def test_two_ranks():
             assert losses == pytest.approx(want, abs=3e-2) and metrics["loss_scale"] == 2.0**17, place
 
 
-def test_traced():
+@pytest.mark.parametrize("place", ["checkpoint", "store"])
+def test_traced(place):
     want, _ = in_float32()
-    losses, metrics = on_this_rank("checkpoint", "traced")
+    losses, metrics = on_this_rank(place, "traced")
     assert losses == pytest.approx(want, abs=3e-2) and metrics["loss_scale"] == 2.0**17
 
 
