@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fds._torch import composite_kernel, decomposition, product_formulas, without_modes
+from fds._torch import composite_kernel, decomposition, is_composite, product_formulas, without_modes
 
 
 @attrs.frozen
@@ -61,8 +61,18 @@ def _attends_backward(cotangent: Tensor, query: Tensor, key: Tensor, value: Tens
     return query.shape[:-1].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
+def _convolves(x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *_: Any, out: Tensor, **__: Any) -> int:  # fmt: skip
+    """Every element of the result (of what goes in, if transposed) by a filter over its group's channels, weight [., channels of a group, ...]."""
+    return (x if transposed else out).numel() * weight.shape[1:].numel()
+
+
+def _convolves_backward(cotangent: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, more: Any, groups: Any, needs: Any) -> int:  # fmt: skip
+    """As much as forward for what goes in, and for the weight. (torch's own formula of the latter leaves groups out.)"""
+    return (bool(needs[0]) + bool(needs[1])) * (x if transposed else cotangent).numel() * weight.shape[1:].numel()
+
+
 _KINDS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")  # fmt: skip
-# Products for which torch's counter has no formula, or one that refuses grouped heads.
+# Products for which torch's counter has no formula, or one that refuses grouped heads, or leaves groups out.
 _PRODUCTS: dict[str, Callable[..., int]] = {
     "mv": lambda a, x: a.numel(),
     "addmv": lambda b, a, x, **_: a.numel(),
@@ -71,6 +81,7 @@ _PRODUCTS: dict[str, Callable[..., int]] = {
     "addbmm": lambda x, a, b, **_: a.numel() * b.shape[-1],
     "addr": lambda x, a, b, **_: a.numel() * b.numel(),
     "_grouped_mm": lambda a, b, *_, **__: a.shape[-2] * a.shape[-1] * b.shape[-1],
+    "convolution_backward": _convolves_backward,
     **{f"_scaled_dot_product_{kind}": _attends for kind in _KINDS},
     **{f"_scaled_dot_product_{kind}_backward": _attends_backward for kind in _KINDS},
 }
@@ -102,6 +113,9 @@ class Counter:
         name = func._overloadpacket.__name__ if hasattr(func, "_overloadpacket") else str(func)
         if name in _PRODUCTS and func.namespace == "aten":
             macs = _PRODUCTS[name](*args, **kwargs)
+            return Cost(macs, 2 * macs)
+        if name in ("convolution", "_convolution", "convolution_overrideable"):
+            macs = _convolves(*args, **kwargs, out=out)
             return Cost(macs, 2 * macs)
         formula = product_formulas().get(getattr(func, "_overloadpacket", None))
         if formula is not None:
@@ -147,12 +161,26 @@ class _Sum(TorchDispatchMode):
         self.counter, self.total, self.unknown = counter, Cost(), False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        parts = taken_apart(self, func, args, kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **(kwargs or {}))
         with without_modes():
             cost = self.counter.cost(func, args, kwargs or {}, out)
         self.unknown = self.unknown or cost is None
         self.total += cost or Cost()
         return out
+
+
+def taken_apart(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator that is made of others by definition (``matmul``), which `mode` then sees; else NotImplemented.
+
+    Autograd takes them apart before a mode sees them, except where it is off: inside of an operator, and in inference mode.
+    """
+    if not is_composite(func):
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
 
 
 def _is_kernel(func: Any) -> bool:

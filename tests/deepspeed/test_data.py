@@ -15,8 +15,8 @@ def rows_of(loader):
     return [batch.tolist() for batch in loader]
 
 
-def on_ranks(n, **options):
-    return [DistributedLoader(range(options.pop("length", 23)), rank=r, ranks=n, **dict(options)) for r in range(n)]
+def flat(batches):
+    return sorted(x for batch in batches for x in batch)
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (3, 0), (0, 2)])
@@ -64,7 +64,7 @@ def test_a_position_goes_on_under_other_ranks_and_batch_sizes(before, after, tak
         loader.load_state_dict(position)
         seen += [x for batch in rows_of(loader) for x in batch]
         assert loader.state_dict() == {"seed": 5, "epoch": 1, "row": 0, "length": 36}
-    assert sorted(seen) == list(range(36))
+    assert set(seen) == set(range(36)) and len(seen) - 36 == -(36 - position["row"]) % n  # but for the end of the epoch
 
 
 def test_a_position_is_saved_with_a_run(tmp_path):
@@ -85,7 +85,7 @@ def test_a_position_is_saved_with_a_run(tmp_path):
 def test_the_order_is_another_one_in_every_epoch_and_the_same_in_every_run():
     loader = DistributedLoader(range(10), 5)
     first, second = rows_of(loader), rows_of(loader)
-    assert first != second and sorted(sum(first, [])) == sorted(sum(second, []))
+    assert first != second and flat(first) == flat(second)
     assert rows_of(DistributedLoader(range(10), 5)) == first
     assert order(10, seed=0, epoch=0) != order(10, seed=1, epoch=0)
 
@@ -165,7 +165,7 @@ def _of_this_rank():
 
 def test_ranks_are_those_of_the_job():
     first, second = ranks.run(2, _of_this_rank)
-    assert sorted(sum(first + second, [])) == list(range(12)) and not set(sum(first, [])) & set(sum(second, []))
+    assert flat(first + second) == list(range(12))
     one = rows_of(DistributedLoader(range(12), 4))
     assert [a + b for a, b in zip(first, second, strict=True)] == one  # n ranks see the global batches of one
 
@@ -184,10 +184,10 @@ def section(kind="fixed_linear", low=8, high=64, **config):
     }
 
 
-# Difficulties at the given steps, as DeepSpeed 0.19.8's CurriculumScheduler gives them (test_peer.py asks it anew).
+# Difficulties at the given steps, as DeepSpeed 0.19.8's CurriculumScheduler gives them (test_peer_tools.py asks it anew).
 STEPS = (1, 2, 3, 5, 7, 10, 11, 100)
 SCHEDULES = [
-    (section(total_curriculum_step=10, difficulty_step=8), LINEAR := (8, 16, 24, 32, 40, 64, 64, 64)),
+    (section(total_curriculum_step=10, difficulty_step=8), (8, 16, 24, 32, 40, 64, 64, 64)),
     (section("fixed_root", total_curriculum_step=10, difficulty_step=8, root_degree=2), (24, 32, 32, 40, 48, 64, 64, 64)),
     (section("fixed_root", low=5, high=70, total_curriculum_step=50, difficulty_step=16, root_degree=3), (16, 16, 16, 32, 32, 32, 32, 70)),
     (section("fixed_discrete", difficulty=[1, 2, 3], max_step=[5, 10]), (1, 1, 1, 1, 2, 2, 3, 3)),
