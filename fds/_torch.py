@@ -6,6 +6,7 @@ A torch without one of the imported names fails here, by name. Run on torch 2.13
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -245,6 +246,15 @@ def decomposition(op: Any) -> Callable[..., Any] | None:
 def composite_kernel(op: Any) -> Callable[..., Any]:
     """What an operator of `operator` computes, as a function of tensors of any device, those without memory included."""
     return lambda *args, **kwargs: op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+
+
+@cache
+def is_composite(op: Any) -> bool:
+    """Whether an operator is made of others by definition, and has no kernel of its own on any device."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    has = partial(torch._C._dispatch_has_kernel_for_dispatch_key, op.name())
+    return has("CompositeImplicitAutograd") and not any(has(k) for k in ("CPU", "CUDA", "CompositeExplicitAutograd"))
 
 
 def autograd_node() -> int | None:

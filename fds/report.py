@@ -118,7 +118,9 @@ def communication(device: Accelerator) -> Section:
     for name in ("nccl", "gloo", "mpi", "ucc", "xccl"):
         found[name] = "yes" if dist.is_backend_available(name) else "no"
     if dist.is_nccl_available() and torch.cuda.is_available():
-        found["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())  # pyright: ignore[reportAttributeAccessIssue]
+        from torch.cuda import nccl
+
+        found["nccl"] = ".".join(str(n) for n in nccl.version())
     return found
 
 

@@ -82,10 +82,15 @@ class Engine(Answers):
         if device.type != "cpu":  # the client's module stays where it is; what is placed goes site by site
             params = Leaves(list(given), lambda k: given[k].to(device), "the model")
         if self._built is not None:
-            return self._built.init(params)
-        zero = torch.zeros((), dtype=torch.int64)
-        with torch.no_grad():
-            return TrainState(self.program.place(params), (), zero, zero.clone(), zero.clone())
+            state = self._built.init(params)
+        else:
+            zero = torch.zeros((), dtype=torch.int64)
+            with torch.no_grad():
+                state = TrainState(self.program.place(params), (), zero, zero.clone(), zero.clone())
+        for name, x in tree.named(state.params).items():
+            if x.is_meta:
+                raise ValueError(f"initialize: {name} is on the meta device, without a value; build the model under zero.Init, or load it first")  # fmt: skip
+        return state
 
     # --- the functional objects ---
 

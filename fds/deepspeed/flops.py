@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fds._torch import composite_kernel, decomposition, product_formulas, without_modes
+from fds._torch import composite_kernel, decomposition, is_composite, product_formulas, without_modes
 
 
 @attrs.frozen
@@ -161,12 +161,26 @@ class _Sum(TorchDispatchMode):
         self.counter, self.total, self.unknown = counter, Cost(), False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        parts = taken_apart(self, func, args, kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **(kwargs or {}))
         with without_modes():
             cost = self.counter.cost(func, args, kwargs or {}, out)
         self.unknown = self.unknown or cost is None
         self.total += cost or Cost()
         return out
+
+
+def taken_apart(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator that is made of others by definition (``matmul``), which `mode` then sees; else NotImplemented.
+
+    Autograd takes them apart before a mode sees them, except where it is off: inside of an operator, and in inference mode.
+    """
+    if not is_composite(func):
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
 
 
 def _is_kernel(func: Any) -> bool:

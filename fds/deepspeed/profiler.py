@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from fds import tree
 from fds._torch import abstracting, autograd_node, last_node, named_modules, reads_values, without_modes
 from fds.deepspeed.accelerator import get_accelerator
-from fds.deepspeed.flops import Cost, Counter
+from fds.deepspeed.flops import Cost, Counter, taken_apart
 from fds.program import Program
 
 PHASES = ("forward", "backward", "recompute")
@@ -181,6 +181,9 @@ class _Count(TorchDispatchMode):
         self.opaque: set[int] = set()  # of these, the nodes of autograd Functions, which may be as large as a block
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        parts = taken_apart(self, func, args, kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **(kwargs or {}))
         if isinstance(func, torch._ops.OpOverload) and func.namespace != "prim":
             where = self.place(func)

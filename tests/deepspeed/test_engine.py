@@ -424,6 +424,7 @@ REFUSED = {
     "not started": (lambda m: dict(model=m, config=config(), dist_init_required=False), r"no process group is running"),
     "sequence parallel": (lambda m: dict(model=m, config=config(), mesh_param=(1, 2)), r"mesh_param=\(1, 2\), required \(1, 1\)"),
     "stage 0 offload": (lambda m: dict(model=m, config=config(**{ZERO: {"stage": 0, "offload_optimizer": {"device": "cpu"}}})), r"offload_optimizer"),
+    "meta": (lambda m: dict(model=m.to("meta"), config=config()), r"is on the meta device"),
     "wire": (lambda m: dict(model=m, config=config(communication_data_type="fp16")), r"communication_data_type"),
 }  # fmt: skip
 

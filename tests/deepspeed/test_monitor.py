@@ -98,6 +98,15 @@ def test_tensorboard(monkeypatch, tmp_path):
     ]
 
 
+def test_tensorboard_itself(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monitor = Monitor.of({"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}})
+    monitor.write_events(EVENTS)
+    monitor.close()
+    found = reader.EventAccumulator(str(tmp_path / "job")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("Train/Samples/train_loss")] == [(8, 2.5)]
+
+
 def test_weights_and_biases_gets_one_call_for_a_step(monkeypatch):
     run = Recorder()
     pretend(monkeypatch, "wandb", init=run.init)

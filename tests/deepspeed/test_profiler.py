@@ -204,6 +204,13 @@ def test_a_model_that_reads_values_is_counted_by_computing():
     assert get_model_profile(model, args=[x], print_profile=False, as_string=False) == (2 * 64 + 16, 64, 16)
 
 
+def test_inference_mode_counts_the_same():
+    model, x = Attention(), torch.ones(3, 5, 8)
+    with torch.inference_mode():
+        found = profile(model, x, abstract=False)
+    assert costs(found) == costs(profile(model, x)) and not found.uncounted
+
+
 def test_an_operator_without_a_rule_is_reported():
     found = profile(lambda x: torch.linalg.svdvals(x), torch.ones(3, 3), of=nn.Linear(1, 1))
     assert set(found.uncounted) == {"aten._linalg_svd"}
