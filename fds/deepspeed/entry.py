@@ -81,7 +81,8 @@ def initialize(
     front = _front(made, groups)
     schedules = [None if g.schedule is None else value(g.schedule, {}).learning_rate for g in groups]
     engine = Engine(model, found, built, recipe=plan, optimizer=front, schedules=schedules, client=made, collate=collate_fn)  # fmt: skip
-    for module in {id(m): m for m in (model, engine.program.origin.core.module)}.values():
+    core: Any = engine.program.origin.core
+    for module in {id(m): m for m in (model, core.module)}.values():
         zero.attach(module, engine, getattr(built.get("step"), "tx", None))  # for `zero.GatheredParameters`
     engine.lr_scheduler = _scheduler(lr_scheduler, front, made, found, groups, engine)
     if training_data is not None:
