@@ -108,11 +108,11 @@ def traffic(step: TrainStep) -> list[Message]:
 
 def _of_shards(step: TrainStep, history: list[Any], names: list[str], width: int) -> list[Message]:
     n, exact = _elements(step), "quantized" not in names
-    again = n.blocks if "checkpoint" in names and names.index("checkpoint") > names.index("shard") else 0
     found, part = list[Message](), 1  # `part`: how many ranks what comes next is split over already
-    for t in history:
+    for i, t in enumerate(history):
         if t.name == "shard":
             size, name = t.axes[0].size, t.axes[0].name
+            again = n.blocks if "checkpoint" in names[i:] else 0  # what comes outside of it gathers it again in backward
             found.append(Message("gather", name, step.microbatches * (n.everything + again) * width // part, exact))
             found.append(Message("reduce-scatter", name, step.microbatches * n.trained * width // part, exact))
             part *= size

@@ -108,7 +108,7 @@ class ZeroOptimization:
     legacy_stage1: bool = key(False, BOOLEAN, "no", "DeepSpeed has refused it for years; leave it out")
     round_robin_gradients: bool = key(False, BOOLEAN, "design", "shards are equal parts of one buffer")
     parameter_alignment: bool = key(False, BOOLEAN, "design", "operators take unaligned views")
-    zero_hpz_partition_size: int = key(1, integer(0), "yes", "shards over both axes of a mesh of two, so many ranks in the inner one (docs/sharding.md); stage 3", neutral=[0])
+    zero_hpz_partition_size: int = key(1, integer(0), "yes", "`chain(shard(local), checkpoint(), shard(node))`: backward gathers inside of the node, of so many ranks; stage 3", neutral=[0])
     zero_quantized_weights: bool = key(False, BOOLEAN, "yes", '`quantized(weights="int8")` after `shard`; stage 3')
     zero_quantized_nontrainable_weights: bool = key(False, BOOLEAN, "yes", '`quantize_frozen("int8")` before `shard`; stage 3')
     zero_quantized_gradients: bool = key(False, BOOLEAN, "yes", '`quantized(gradients="int4")` after `shard`; stage 3')
