@@ -32,7 +32,7 @@ def train(result: Json) -> str:
         "Within a group all contenders alternate in one run. Every contender starts twice, from nothing and with the caches of its first start, and the second one is timed; s/step is the median of the slower rank's steps, with the quartiles beside it.",
     ]
     for group in result["groups"]:
-        parts += [_heading(group), _speed(group), _compared(group), _losses(group), _traffic(group)]
+        parts += [_heading(group), _elsewhere(result, group), _speed(group), _compared(group), _losses(group), _traffic(group)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -44,6 +44,11 @@ def _machine(result: Json) -> str:
     return (
         f"{result['date']}, {m['cpu']} ({has}), {m['cores']} cores, {m['memory_gib']} GiB. Here: {own}. Peers: {peer}."
     )
+
+
+def _elsewhere(result: Json, group: Json) -> str:
+    """The machine of a group that was measured on another one than the file's."""
+    return _machine(result | group) if group.get("machine", result["machine"]) != result["machine"] else ""
 
 
 def _heading(group: Json) -> str:
