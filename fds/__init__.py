@@ -10,8 +10,9 @@ from fds.inference.engine import default_inference_config, init_inference
 from fds.inference.generate import generate
 from fds.initial import init_params
 from fds.lora import fuse_lora, lora
+from fds.loss_scale import DynamicLossScale
 from fds.offload import FileStore, HostStore, StoreError, offload
-from fds.precision import cast, freeze
+from fds.precision import autocast, cast, freeze
 from fds.program import Lens, Program
 from fds.quantize import quantize_frozen
 from fds.remat import checkpoint
@@ -23,6 +24,7 @@ from fds.transform import Transform, around, at, chain, relayout, through
 __version__ = "0.1.0"
 
 __all__ = [
+    "DynamicLossScale",
     "FileStore",
     "HostStore",
     "Lens",
@@ -34,6 +36,7 @@ __all__ = [
     "Transform",
     "around",
     "at",
+    "autocast",
     "cast",
     "chain",
     "checkpoint",

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import attrs
-from torch import Tensor
+from torch import Tensor, dtype
 
 from fds.tree import Params
 
@@ -58,6 +58,7 @@ class Frame:
     training: bool = False  # the mode of the module that is running
     heads: list[Head] | None = None  # when somebody wants the output layer's arguments instead of logits
     recomputed: bool = False  # inside recompute: unseeded randomness would differ in backward
+    autocast: dtype | None = None  # modules run in torch.autocast of it; here, so that recompute runs in it too
     deferred: tuple[Any, ...] = ()  # mesh axes over which the caller gathers and reduces itself
     updates: dict[str, dict[str, Tensor]] | None = None  # updated buffers by site, when somebody collects them
 

@@ -8,6 +8,7 @@ that answers there; this is how transformations act on blocks without a hook or 
 import copy
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import attrs
@@ -125,6 +126,8 @@ def _output_layer(module: nn.Module) -> str | None:
 def _hand_over(layer: nn.Module, hidden: Tensor) -> Tensor:
     parameters, _ = registries(layer)
     weight, bias = parameters["weight"], parameters["bias"]
+    if (low := FRAME.get().autocast) is not None:  # as the layer would have been called with
+        hidden, weight, bias = hidden.to(low), weight.to(low), None if bias is None else bias.to(low)
     logits = hidden.new_zeros(()).expand(*hidden.shape[:-1], weight.shape[0])
     heads = FRAME.get().heads
     assert heads is not None
@@ -335,7 +338,7 @@ class ModuleCore:
                 copies[s.leaf] = (leaf, leaf._version)
         _refresh_flat_weights(module)
         try:
-            with scoped(leaves=leaves, training=module.training), randomness(module.training):
+            with scoped(leaves=leaves, training=module.training), randomness(module.training), _autocast(leaves):
                 out = self._forwards[path](*args, **kwargs) if path in self._forwards else module(*args, **kwargs)
             updates = {s.leaf: s.registry[s.key] for s in slots if s.buffer and _changed(s, *copies[s.leaf])}
         finally:
@@ -357,6 +360,15 @@ class ModuleCore:
 
 def _changed(slot: _Slot, copy: Tensor, version: int) -> bool:
     return slot.written or slot.registry[slot.key] is not copy or copy._version != version
+
+
+def _autocast(leaves: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+    """`torch.autocast` as the frame says. Without its cache of converted weights, which would outlive a trace."""
+    low = FRAME.get().autocast
+    if low is None:
+        return nullcontext()
+    device = next((t.device.type for t in leaves.values() if not t.is_meta), "cpu")
+    return torch.autocast(device, dtype=low, cache_enabled=False)
 
 
 def _identity(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`cast`: compute in another dtype than parameters are stored in."""
+"""`cast`: compute in another dtype than parameters are stored in. `autocast`: let torch choose it for each operator."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fds import tree
-from fds.frame import Apply
+from fds.frame import Apply, scoped
 from fds.program import Lens, Program, same
 from fds.transform import Transform, around, direct, parameters, through
 from fds.tree import Params
@@ -29,7 +29,7 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = (), stored: bo
 
     Law: `restore` is exact, but with `stored`; `get` declares the dtype's epsilon as tolerance.
     """
-    dtype = _dtype(dtype)
+    dtype = _dtype(dtype, "cast")
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), **({"keep": keep} if keep else {})}
     options |= {"stored": True} if stored else {}
@@ -66,6 +66,33 @@ def cast(dtype: torch.dtype | str, *, keep: str | Iterable[str] = (), stored: bo
 
 
 @direct
+def autocast(dtype: torch.dtype | str = "bfloat16") -> Transform:
+    """Run the model's modules in `torch.autocast`: matrix products in `dtype`, what needs it (softmax, norms, losses) in float32, as torch's lists say.
+
+    Parameters, gradients and the wire have the stored dtype; each use of a weight converts it. Wherever it stands in a chain, recompute runs
+    in it too, and a loss that takes the output layer over (`losses.causal_lm`) calls it as autocast would. ``"float16"`` wants a
+    `loss_scale` in training. ``at(pattern, autocast())`` is for the calls of some modules.
+
+    Law: values and gradients are those of the module called in ``torch.autocast(device, dtype, cache_enabled=False)``, bitwise in eager.
+
+    Raises `ValueError` for another dtype than bfloat16 and float16.
+    """
+    low = _dtype(dtype, "autocast")
+    if low not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast: {dtype!r}, required bfloat16 or float16")
+
+    def wrap(apply: Apply) -> Apply:
+        def run(stored: Params, *args: Any, **kwargs: Any) -> Any:
+            with scoped(autocast=low):
+                return apply(stored, *args, **kwargs)
+
+        return run
+
+    options = {"dtype": str(low).removeprefix("torch.")}
+    return around(wrap, name="autocast", scope="root", options=options, provides=["autocast"], conflicts=["autocast", "whole"])  # fmt: skip
+
+
+@direct
 def freeze() -> Transform:
     """The same program with nothing trainable, as serving has it.
 
@@ -84,11 +111,11 @@ def freeze() -> Transform:
     return through(make, name="freeze", conflicts=["whole"])
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+def _dtype(dtype: torch.dtype | str, what: str) -> torch.dtype:
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         names = ["bfloat16", "float16", "float32", "float64"]
-        raise ValueError(f"cast: {dtype!r} is not a floating dtype; {tree.suggest(str(dtype), names)}")
+        raise ValueError(f"{what}: {dtype!r} is not a floating dtype; {tree.suggest(str(dtype), names)}")
     return named
 
 

@@ -57,6 +57,10 @@ def entries(step: TrainStep, home: torch.device) -> list[Entry]:
             for k, x in each.items()
         },
         **{(k,): _single(k, x, _CPU) for k, x in step.spec._asdict().items() if isinstance(x, Tensor)},
+        **{
+            ("loss_scale", *k): _single("/".join(("loss_scale", *k)), x, _CPU)
+            for k, x in tree.paths(step.spec.loss_scale)
+        },
     }
     for slot in slots(step.tx, trainable):
         path, entry = ("optimizer", *slot.path), _of_slot(slot, shapes, home)

@@ -13,7 +13,9 @@ from fds.frame import scoped, with_updates
 from fds.grad import value_and_grad
 from fds.layout import whole
 from fds.leaves import Handed
+from fds.loss_scale import DynamicLossScale, LossScale, as_loss_scale, unscaled
 from fds.lowering import lowered
+from fds.offload.handles import SCALED as scaled_handle
 from fds.offload.handles import SQUARE as square_of_handle
 from fds.optim import Optimizer
 from fds.optim.base import chosen, guarded_step
@@ -38,6 +40,7 @@ class TrainState(NamedTuple):
     step: Tensor  # 0-D int64: calls so far, skipped ones included
     rng: Tensor  # 0-D int64: the seed of all dropout
     skipped: Tensor  # 0-D int64: steps left out because something was not finite
+    loss_scale: Any = ()  # the state of a dynamic loss scale; empty without one
 
 
 @attrs.frozen(eq=False)
@@ -51,6 +54,7 @@ class TrainStep:
     on_nonfinite: str
     seed: int
     hold: Axis | None
+    loss_scale: LossScale | None = None
     region: Callable[..., tuple[list[Tensor], dict[str, Any]]] = attrs.field(init=False, repr=False)
     over: Callable[..., dict[str, Any]] = attrs.field(init=False, repr=False)  # writes the new state over the old
     spec: TrainState = attrs.field(init=False, repr=False)  # the abstract state: meta tensors
@@ -84,7 +88,9 @@ class TrainStep:
 
     def _state(self, stored: Stored) -> TrainState:
         zero = torch.zeros((), dtype=torch.int64)
-        return TrainState(stored, self.tx.init(self.program.trainable(stored)), zero, zero + self.seed, zero.clone())
+        scale = () if self.loss_scale is None else self.loss_scale.init()
+        optimizer = self.tx.init(self.program.trainable(stored))
+        return TrainState(stored, optimizer, zero, zero + self.seed, zero.clone(), scale)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         if torch.compiler.is_compiling():
@@ -129,13 +135,19 @@ class TrainStep:
         return leaves
 
     def report(self, state: TrainState, metrics: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """`state` and `metrics` as they are; with ``on_nonfinite="raise"``, an error for a step that was skipped."""
-        if self.on_nonfinite == "raise" and bool(metrics["was_skipped"]):
+        """`state` and `metrics` as they are; with ``on_nonfinite="raise"``, an error for a step that was skipped, but for what a scale can mend."""
+        if self.on_nonfinite == "raise" and bool(metrics["was_skipped"]) and not self._mended(metrics):
             leaves = [k for k, bad in metrics["nonfinite"].items() if bool(bad)]
+            scale = f", at a loss scale of {float(metrics['loss_scale']):g}" if self.loss_scale is not None else ""
             raise NonFiniteError(
-                f"step {int(state.step) - 1}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; not finite: {', '.join(leaves) or 'the loss'}; the parameters are unchanged; lower the learning rate, or on_nonfinite='skip'"
+                f"step {int(state.step) - 1}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}{scale}; not finite: {', '.join(leaves) or 'the loss'}; the parameters are unchanged; lower the learning rate, or on_nonfinite='skip'"
             )
         return state, metrics
+
+    def _mended(self, metrics: dict[str, Any]) -> bool:
+        """Whether a lower loss scale may be all that is missing."""
+        dynamic = self.loss_scale is not None and self.loss_scale.dynamic
+        return dynamic and not bool(metrics["scale_at_minimum"]) and bool(torch.isfinite(metrics["loss"]))
 
 
 def train_step(
@@ -147,6 +159,7 @@ def train_step(
     on_nonfinite: str = "skip",
     seed: int = 0,
     hold: Axis | None = None,
+    loss_scale: DynamicLossScale | float | None = None,
 ) -> TrainStep:
     """A pure train step: ``step.init(params) -> state``, ``step(state, batch) -> (state, metrics)``. Compile it with `fds.compile`.
 
@@ -161,9 +174,13 @@ def train_step(
         seed: of all dropout; masks depend on it, the step, and the row's place in the global batch.
         hold: the axis of a `shard` that is the last transformation to change what is stored: its gathers and reductions are done once per
             step, not in every microbatch, for the memory of what it gathers and of its gradients. The loss sees `stored` gathered.
+        loss_scale: for float16: a number, or `DynamicLossScale`, that the loss is multiplied by before differentiation. Gradients are summed and
+            reduced multiplied, and divided again in float32, before norm, clipping and update; a dynamic scale is lowered by steps that
+            overflow, and "raise" then raises only what a lower scale cannot mend: at its minimum, or where the loss itself is not finite.
 
-    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32; of `optim.onebit_adam` and its like the root mean square over ranks), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
-    ``nonfinite`` ({leaf: 0-D bool}), and what the loss added.
+    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32; of `optim.onebit_adam` and its like the root mean square over ranks), ``skipped`` (0-D int64, total),
+    ``was_skipped`` (0-D bool), ``nonfinite`` ({leaf: 0-D bool}), and what the loss added. With `loss_scale`: ``loss_scale``, of this step (0-D float32); if it is dynamic,
+    ``scale_at_minimum``: this step overflowed, and the scale cannot be lowered any more (0-D bool).
 
     Law: n ranks or microbatches follow one process on the global batch.
     """
@@ -189,7 +206,13 @@ def train_step(
         raise ValueError(
             f"train_step: the parameters in {cut!r} are parts of leaves, or several of them, and this optimizer (LAMB, Muon, a partition) looks at whole ones by name; split its state instead: optim.sharded(tx, axis), without shard, offload or tensor_parallel"
         )
-    step = TrainStep(program, tx, loss, microbatches, on_nonfinite, seed, hold)
+    scaling = as_loss_scale(loss_scale)
+    fed_back = [tree.qualified(s, k) for s, p in program.sites.items() for k in p.carries]
+    if fed_back and scaling is not None and scaling.dynamic:
+        raise ValueError(
+            f"train_step: {fed_back[0]!r} is an error of gradients as they were scaled, and loss_scale={loss_scale!r} changes their scale; give a number, or quantized(...) without feedback="
+        )
+    step = TrainStep(program, tx, loss, microbatches, on_nonfinite, seed, hold, scaling)
     if hold is not None and not any(t.hold is not None for t in step.reductions):
         raise ValueError(
             f"train_step: hold={hold!r}, required the axis of a shard that no other lens comes after; this program has {list(program.history)}; the order that works: chain(..., shard({hold!r}))"
@@ -210,9 +233,14 @@ def _cut(program: Program) -> str:
 
 def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tuple[TrainState, dict[str, Any]]:
     program, tx = step.program, step.tx
-    value, local, updates, aux = _accumulate(step, state, batch)
+    scaling, scale = step.loss_scale, None
+    if scaling is not None:
+        scale = scaling.scale(state.loss_scale)
+    value, local, updates, aux = _accumulate(step, state, batch, scale)
     grads = _reduced(step, local)
     old = program.trainable(state.params)
+    if scale is not None:
+        grads = _unscaled(step, grads, old, 1 / scale)
     squares = _squares(step, grads, old)
     names, by_leaf = _by_leaf(step, local, squares)
     del local
@@ -228,21 +256,35 @@ def _step(step: TrainStep, state: TrainState, batch: Batch, donated: bool) -> tu
         s: {k: trained[s].get(k, buffers.get(s, {}).get(k, v)) for k, v in part.items()}
         for s, part in state.params.items()
     }
-    state = TrainState(params, optimizer, state.step + 1, state.rng.clone(), state.skipped + ~ok)
+    skipped, bad = state.skipped + ~ok, ~torch.isfinite(by_leaf)
+    if scaling is not None:
+        bad &= (
+            ~ok
+        )  # a sharded optimizer's leaves are looked at as they are scaled: their squares may be too large, and they not
     metrics: dict[str, Any] = {
         "loss": value,
         "grad_norm": norm,
-        "skipped": state.skipped.clone(),
+        "skipped": skipped.clone(),
         "was_skipped": ~ok,
-        "nonfinite": dict(zip(names, (~torch.isfinite(by_leaf)).unbind(), strict=True)),
+        "nonfinite": dict(zip(names, bad.unbind(), strict=True)),
     }
+    scaled = state.loss_scale
+    if scaling is not None and scale is not None:
+        metrics["loss_scale"] = scale.clone()  # the state's own number is written over, where it is donated
+        scaled = scaling.update(scaled, ~ok)
+        if scaling.dynamic:
+            metrics["scale_at_minimum"] = ~ok & scaling.at_minimum(state.loss_scale)
+    state = TrainState(params, optimizer, state.step + 1, state.rng.clone(), skipped, scaled)
     if taken := metrics.keys() & aux.keys():
         raise ValueError(f"train_step: the loss returned a metric {min(taken)!r}, a name of the step's own; rename it")
     return state, {**metrics, **aux}
 
 
-def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tensor, Stored, Stored, dict[str, Tensor]]:
-    """Loss, gradients, updated buffers and further metrics of all microbatches; each microbatch's part is scaled so that the sum is the mean."""
+def _accumulate(step: TrainStep, state: TrainState, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Stored, Stored, dict[str, Tensor]]:  # fmt: skip
+    """Loss, gradients, updated buffers and further metrics of all microbatches; each microbatch's part is weighed so that the sum is the mean.
+
+    The gradients are those of the loss times `scale`.
+    """
     m, axes = step.microbatches, step.data_axes
     parts = [{k: x.chunk(m)[i] for k, x in batch.items()} for i in range(m)]
     shares = _shares(step, parts)
@@ -252,7 +294,7 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
     for i, part in enumerate(parts):
         params = {s: {**leaves, **updates.get(s, {}), **carried.get(s, {})} for s, leaves in held.items()}
         with scoped(seed=seed, block=block * m + i):
-            (v, (extra, new)), g = value_and_grad(_with_aux(step, shares[i]), has_aux=True, wrt=step.program)(
+            (_, (v, extra, new)), g = value_and_grad(_with_aux(step, shares[i], scale), has_aux=True, wrt=step.program)(
                 params, part
             )
         carried = step.program.carry(params, g)
@@ -266,15 +308,33 @@ def _accumulate(step: TrainStep, state: TrainState, batch: Batch) -> tuple[Tenso
     return _mean(value, axes), grads, kept, _mean(aux, axes)
 
 
-def _with_aux(step: TrainStep, share: Tensor | float) -> Callable[..., Any]:
-    def f(stored: Stored, batch: Batch) -> tuple[Tensor, tuple[dict[str, Tensor], Stored]]:
+def _with_aux(step: TrainStep, share: Tensor | float, scale: Tensor | None) -> Callable[..., Any]:
+    """``f(stored, batch) -> (what to differentiate, (its value unscaled, further metrics, updated buffers))``."""
+
+    def f(stored: Stored, batch: Batch) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor], Stored]]:
         out: Tensor | tuple[Tensor, dict[str, Tensor]]
         with scoped(deferred=tuple(a for t in step.reductions for a in t.axes)):
             out, updates = with_updates(step.loss)(step.program, stored, batch)
         value, extra = out if isinstance(out, tuple) else (out, {})
-        return value * share, (extra, updates)
+        value = value * share
+        return value if scale is None else _scaled(value, scale), (value, extra, updates)
 
     return f
+
+
+def _scaled(value: Tensor, scale: Tensor) -> Tensor:
+    return (value.float() if value.element_size() < 4 else value) * scale.to(value.device)
+
+
+def _unscaled(step: TrainStep, grads: Any, params: Stored, inverse: Tensor) -> Any:
+    """Gradients of the loss itself. `grads` is taken apart leaf by leaf, so that they take the place of the others."""
+    if step.tx.axis is not None:
+        return {k: unscaled(grads.pop(k), inverse) for k in list(grads)}
+
+    def one(s: str, k: str, g: Tensor) -> Tensor:
+        return scaled_handle(params[s][k], g, inverse) if k in step.program.sites[s].handles else unscaled(g, inverse)
+
+    return {s: {k: one(s, k, part.pop(k)) for k in list(part)} for s, part in grads.items()}
 
 
 def _held(step: TrainStep, stored: Stored) -> Stored:

@@ -322,7 +322,7 @@ def any_chain(names):
         assert math.sqrt(sum(float((got[k] - g).square().sum()) for k, g in plain.items())) < tolerance * total
 
 
-def ten_steps(family, name, microbatches=1, how="eager", optimizer="adamw", training=False):
+def ten_steps(family, name, microbatches=1, how="eager", optimizer="adamw", training=False, loss_scale=None):
     """Laws 2, 4 and 6: ten training steps; returns the losses and the final logical parameters."""
     program, params, mine, _, axis = setting(family, name, training=training)
     tx = fds.optim.chain(fds.optim.clip_by_global_norm(0.5), fds.optim.adamw(1e-2, weight_decay=0.1))
@@ -334,7 +334,7 @@ def ten_steps(family, name, microbatches=1, how="eager", optimizer="adamw", trai
         "streamed": fds.optim.streamed(tx, HOST, bucket_bytes=0),
         "sharded streamed": fds.optim.sharded(fds.optim.streamed(tx, HOST, bucket_bytes=0), axis),
     }[optimizer]
-    step = fds.train_step(program, tx, loss=zoo.loss, microbatches=microbatches, seed=5)
+    step = fds.train_step(program, tx, loss=zoo.loss, microbatches=microbatches, seed=5, loss_scale=loss_scale)
     run = fds.compile(step) if how == "compiled" else step
     state = step.init(params)
     losses, norms = [], []

@@ -171,6 +171,26 @@ def test_ten_steps_on_two_ranks_follow_one_process():
         follows(ranks.run(2, laws.ten_steps, "llama", name, 1, "eager", optimizer)[0], want, 1e-5)
 
 
+SCALED = [
+    ("nothing", "adamw"),
+    ("shard, checkpoint", "adamw"),
+    ("nothing", "sharded"),
+    ("shard, store, checkpoint", "streamed"),
+    ("nothing", "offloaded"),
+]
+
+
+def test_a_loss_scale_changes_no_bit():
+    """Powers of two move no digit of a gradient in float32: neither does a scale that is doubled on the way."""
+    for name, optimizer in SCALED:
+        want = laws.ten_steps("llama", name, 2, optimizer=optimizer)
+        for scale in (1024.0, laws.fds.DynamicLossScale(initial_power=8, window=4)):
+            got = laws.ten_steps("llama", name, 2, optimizer=optimizer, loss_scale=scale)
+            assert got[:2] == want[:2] and laws.distance(got[2], want[2]) == 0.0, (name, scale)
+    want = ranks.run(2, laws.ten_steps, "llama", "shard", 1, "eager", "adamw", False, None)
+    assert ranks.run(2, laws.ten_steps, "llama", "shard", 1, "eager", "adamw", False, 2.0**12)[0][:2] == want[0][:2]
+
+
 def test_dropout_is_the_same_on_two_ranks_and_in_microbatches():
     want = laws.ten_steps("gpt2", "nothing", training=True)
     assert want[0] != laws.ten_steps("gpt2", "nothing")[0]  # dropout does something

@@ -51,6 +51,7 @@ class Held:
     ticket: int = 0
     number: int = 0  # in the order in which tensors were put into the window's store
     gradients: "dict[int, tuple[Held, Tensor]]" = attrs.field(factory=dict[int, Any])  # with their squared norms
+    factor: Tensor | None = None  # of a gradient: what it is to be multiplied by when it is read, in float32
 
 
 @attrs.frozen(eq=False)
@@ -380,7 +381,8 @@ def sum_of(parts: Sequence[Held]) -> Callable[[], Tensor]:
         total: Tensor = waited(parts[0].key, coming[0])
         for p, more in zip(parts[1:], coming[1:], strict=True):
             total = total.add_(waited(p.key, more))
-        return total
+        factor = parts[0].factor
+        return total if factor is None else (total.float() if total.element_size() < 4 else total).mul_(factor)
 
     return result
 
@@ -401,7 +403,8 @@ def drop_gradient(handle: Tensor, gradient: Tensor) -> None:
 def _square(handle: Tensor, gradient: Tensor) -> Tensor:
     held, tickets = find(handle), _parts(handle, gradient)
     if len(tickets) == 1:
-        return held.gradients[tickets[0]][1].reshape(1)
+        part, square = held.gradients[tickets[0]]
+        return (square if part.factor is None else square * part.factor.square()).reshape(1)
     flat = read_gradient(handle, gradient).reshape(-1).float()
     return torch.dot(flat, flat).reshape(1)
 
@@ -464,6 +467,26 @@ FETCH = operator(
     batch=_no_batch,
     save=_keep_handle,
     backward=_fetch_backward,
+)
+
+
+def _scale(handle: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+    held = find(handle)
+    for t in _parts(handle, gradient):
+        held.gradients[t][0].factor = factor.to("cpu", copy=True)
+    return gradient.clone()
+
+
+def _scale_shape(handle: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+# The gradient behind a handle times a 0-D factor, once, when it is read.
+SCALED = opaque_operator(
+    "offload_scaled",
+    "(Tensor handle, Tensor gradient, Tensor factor) -> Tensor",
+    _scale,
+    _scale_shape,
 )
 
 

@@ -15,7 +15,7 @@ from fds.sharding import collectives
 from fds.sharding.zero import pieces, shard_boxes, shard_of
 
 
-def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25) -> Optimizer:
+def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25, sum_dtype: torch.dtype | None = None) -> Optimizer:  # fmt: skip
     """Keep 1/n of the state on each of the n ranks, for parameters that every rank holds whole (ZeRO-1; with the reduced gradients, ZeRO-2).
 
     Gradients come in local to the rank (of its own mean loss) and are reduce-scattered to their mean, one flat shard per dtype; the rank
@@ -27,21 +27,26 @@ def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25) -> Optimize
     For a `tx` that looks at leaves as wholes (`lamb`, `muon`, `partition`) no leaf is cut: each is one rank's, which the messages are as long as
     the longest of, and the state of that rank has its size.
 
+    `sum_dtype`: gradients of fewer bits cross the wire, and are summed, in it, as float32 for parameters of bfloat16; `tx` gets the sums as they
+    are. Default: in their own.
+
     Law: the size of buckets changes no bit. What a rank holds does not depend on it.
 
     Raises `ValueError` for a `tx` that is sharded already, and for gradients that did not go through `reduce`.
     """
     if bucket_bytes < 1:
         raise ValueError(f"sharded: bucket_bytes={bucket_bytes!r}, required a number of bytes >= 1")
+    if sum_dtype is not None and not sum_dtype.is_floating_point:
+        raise ValueError(f"sharded: sum_dtype={sum_dtype!r}, required a floating dtype, as torch.float32")
     if tx.axis is not None:
         raise ValueError(
             f"sharded: the optimizer inside {'reduces gradients itself, and keeps whole moments on every rank; leave sharded() out' if tx.local else 'is sharded already; shard it once, outermost: sharded(tx, axis)'}"
         )
     if tx.whole:
-        return sharded_by_leaf(tx, axis, bucket_bytes)
+        return sharded_by_leaf(tx, axis, bucket_bytes, sum_dtype)
 
     def reduce(grads: Any) -> dict[str, Tensor]:
-        return {k: _scattered(leaves, axis, bucket_bytes) for k, leaves in _by_dtype(grads).items()}
+        return {k: _scattered(leaves, axis, bucket_bytes, sum_dtype) for k, leaves in _by_dtype(grads).items()}
 
     def own(params: Any) -> dict[str, Tensor]:
         return {k: shard_of(leaves, axis) for k, leaves in _by_dtype(params).items()}
@@ -100,13 +105,15 @@ def _by_dtype(params: Any) -> dict[str, list[Tensor]]:
     return {k: [leaves[i] for i in where] for k, where in _groups(params).items()}
 
 
-def _scattered(leaves: list[Tensor], axis: Axis, bucket_bytes: int) -> Tensor:
+def _scattered(leaves: list[Tensor], axis: Axis, bucket_bytes: int, sum_dtype: torch.dtype | None) -> Tensor:
     """This rank's 1/n of the mean over ranks of the concatenation of `leaves`. Their whole concatenation never exists."""
     size = -(-sum(t.numel() for t in leaves) // axis.size)
-    parts = [leaves[0].new_empty(0)]
-    for a, b in messages(size, leaves[0].element_size(), axis, bucket_bytes):
+    own = leaves[0].dtype
+    wire = own if sum_dtype is None or sum_dtype.itemsize <= own.itemsize else sum_dtype
+    parts = [leaves[0].new_empty(0, dtype=wire)]
+    for a, b in messages(size, wire.itemsize, axis, bucket_bytes):
         message = torch.cat([p for r in range(axis.size) for p in pieces(leaves, r * size + a, r * size + b)])
-        parts.append(collectives.scatter(message, axis, reduce="mean"))
+        parts.append(collectives.scatter(message.to(wire), axis, reduce="mean"))
     return parts[-1] if len(parts) < 3 else torch.cat(parts)
 
 

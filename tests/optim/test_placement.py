@@ -4,6 +4,7 @@ import pytest
 import ranks
 import torch
 
+import fds
 from fds import optim, tree
 from fds.sharding import collectives, mesh
 from fds.sharding.mesh import Axis
@@ -116,3 +117,26 @@ def test_hyperparameters_are_reached_through_wrappers(wrap):
     assert optim.get_hyperparams(state)["learning_rate"] == 0.0
     updates, _ = tx.update(tx.reduce(p), state, p)
     assert all(not u.any() for u in tree.leaves(updates))
+
+
+def summed(sum_dtype):
+    """This rank's shard of the mean of gradients of bfloat16, and bytes on the wire."""
+    axis = fds.sharding.mesh(dp=-1)["dp"]
+    grads = {"w": torch.full((6,), 1.0 + 2.0**-7 * axis.rank).bfloat16(), "v": torch.full((2,), 1.0 + axis.rank)}
+    tx = optim.sharded(optim.with_master(optim.sgd(1.0)), axis, sum_dtype=sum_dtype)
+    with fds.sharding.record() as wire:
+        shards = tx.reduce(grads)
+    updates, _ = tx.update(shards, tx.init(grads), grads)
+    return {k: (x.dtype, x.tolist()) for k, x in shards.items()}, updates["w"].float().tolist(), wire.bytes["scatter"]
+
+
+def test_gradients_of_16_bits_are_summed_in_float32():
+    for shards, _, sent in ranks.run(2, summed, None):
+        assert (
+            shards["bfloat16"] == (torch.bfloat16, [1.0] * 3) and sent == 6 * 2 + 2 * 4
+        )  # half of the last bit is lost
+    for shards, updates, sent in ranks.run(2, summed, torch.float32):
+        assert shards["bfloat16"] == (torch.float32, [1.0 + 2.0**-8] * 3) and shards["float32"][1] == [1.5]
+        assert sent == 6 * 4 + 2 * 4 and len(updates) == 6
+    with pytest.raises(ValueError, match="sum_dtype"):
+        optim.sharded(optim.sgd(1.0), fds.sharding.mesh(dp=1)["dp"], sum_dtype=torch.int8)
