@@ -187,8 +187,8 @@ def train_step(
             reduced multiplied, and divided again in float32, before norm, clipping and update; a dynamic scale is lowered by steps that
             overflow, and "raise" then raises only what a lower scale cannot mend: at its minimum, or where the loss itself is not finite.
 
-    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32; of `optim.onebit_adam` and its like the root mean square over ranks), ``skipped`` (0-D int64, total), ``was_skipped`` (0-D bool),
-    ``nonfinite`` ({leaf: 0-D bool}), and what the loss added. With `loss_scale`: ``loss_scale``, of this step (0-D float32); if it is dynamic,
+    metrics: ``loss`` (global mean) and ``grad_norm`` (0-D float32; of `optim.onebit_adam` and its like the root mean square over ranks), ``skipped`` (0-D int64, total),
+    ``was_skipped`` (0-D bool), ``nonfinite`` ({leaf: 0-D bool}), and what the loss added. With `loss_scale`: ``loss_scale``, of this step (0-D float32); if it is dynamic,
     ``scale_at_minimum``: this step overflowed, and the scale cannot be lowered any more (0-D bool).
 
     Law: n ranks or microbatches follow one process on the global batch.

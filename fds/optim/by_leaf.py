@@ -28,13 +28,13 @@ def owners(sizes: list[int], ranks: int) -> list[list[int]]:
     return [sorted(own) for own in found]
 
 
-def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int) -> Optimizer:
+def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int, sum_dtype: torch.dtype | None = None) -> Optimizer:
     """See `sharded`. Between `reduce` and the update a rank's gradients are one buffer for each dtype, as long as the longest of the ranks'."""
 
     def reduce(grads: Any) -> dict[str, Tensor]:
         plans = _plans(grads, axis)
         leaves = [leaf for _, leaf in by_name(grads)]
-        return {k: _scattered(leaves, plan, axis, bucket_bytes) for k, plan in plans.items()}
+        return {k: _scattered(leaves, plan, axis, bucket_bytes, sum_dtype) for k, plan in plans.items()}
 
     def init(params: Any) -> Any:
         return tx.init(_own(params, _plans(params, axis), axis))
@@ -146,14 +146,15 @@ def messages(size: int, itemsize: int, axis: Axis, bucket_bytes: int) -> list[tu
     return [(a, min(a + width, size)) for a in range(0, size, width)]
 
 
-def _scattered(leaves: list[Tensor], plan: _Plan, axis: Axis, bucket_bytes: int) -> Tensor:
+def _scattered(leaves: list[Tensor], plan: _Plan, axis: Axis, bucket_bytes: int, sum_dtype: torch.dtype | None) -> Tensor:  # fmt: skip
     """This rank's leaves of the mean over ranks."""
     first = leaves[plan.owners[0][0]]
+    wire = first.dtype if sum_dtype is None or sum_dtype.itemsize <= first.dtype.itemsize else sum_dtype
     each = [[leaves[i] for i in own] or [first.reshape(-1)[:0]] for own in plan.owners]
-    parts = [first.new_empty(0)]
-    for a, b in messages(plan.size, first.element_size(), axis, bucket_bytes):
+    parts = [first.new_empty(0, dtype=wire)]
+    for a, b in messages(plan.size, wire.itemsize, axis, bucket_bytes):
         message = torch.cat([_run(own, a, b) for own in each])
-        parts.append(collectives.scatter(message, axis, reduce="mean"))
+        parts.append(collectives.scatter(message.to(wire), axis, reduce="mean"))
     return torch.cat(parts)
 
 

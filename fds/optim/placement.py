@@ -45,7 +45,7 @@ def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25, sum_dtype: 
     if tx.whole and sum_dtype is not None:
         raise ValueError("sharded: sum_dtype with a rule of whole leaves (lamb, muon, partition), whose gradients are sent in their own dtype; leave it out")  # fmt: skip
     if tx.whole:
-        return sharded_by_leaf(tx, axis, bucket_bytes)
+        return sharded_by_leaf(tx, axis, bucket_bytes, sum_dtype)
 
     def reduce(grads: Any) -> dict[str, Tensor]:
         return {k: _scattered(leaves, axis, bucket_bytes, sum_dtype) for k, leaves in _by_dtype(grads).items()}

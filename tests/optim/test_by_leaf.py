@@ -182,3 +182,17 @@ def test_a_step_on_two_ranks_follows_one_and_its_files_go_on_there(compiled, tmp
     _, want, _ = trained(lambda tx: tx, False, range(7))
     for k, w in tree.named(want.params).items():
         torch.testing.assert_close(tree.named(more.params)[k], w, rtol=1e-4, atol=1e-5)
+
+
+def summed(dtype):
+    axis = fds.sharding.mesh(dp=2)["dp"]
+    tx = optim.sharded(optim.lamb(0.1), axis, sum_dtype=dtype)
+    p = {"w": torch.zeros(4, dtype=torch.bfloat16), "v": torch.zeros(3, dtype=torch.bfloat16)}
+    value = 1.0 if axis.rank else 2.0**-9  # of the sum bfloat16 keeps the larger one alone
+    return tx.reduce(tree.map(lambda x: torch.full_like(x, value), p))["bfloat16"]
+
+
+def test_sums_in_another_dtype():
+    narrow, wide = (ranks.run(2, summed, d)[0] for d in (None, torch.float32))
+    assert narrow.dtype == torch.bfloat16 and float(narrow[0]) == 0.5
+    assert wide.dtype == torch.float32 and float(wide[0]) == 0.5 + 2.0**-10
