@@ -32,7 +32,14 @@ def train(result: Json) -> str:
         "Within a group all contenders alternate in one run. Every contender starts twice, from nothing and with the caches of its first start, and the second one is timed; s/step is the median of the slower rank's steps, with the quartiles beside it.",
     ]
     for group in result["groups"]:
-        parts += [_heading(group), _elsewhere(result, group), _speed(group), _compared(group), _losses(group), _traffic(group)]
+        parts += [
+            _heading(group),
+            _elsewhere(result, group),
+            _speed(group),
+            _compared(group),
+            _losses(group),
+            _traffic(group),
+        ]
     return "\n\n".join(part for part in parts if part)
 
 

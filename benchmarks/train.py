@@ -361,7 +361,10 @@ def main() -> None:
     for group in groups:
         found = run_group(group, rounds=rounds, steps=steps, warm_up=warm_up, peer_python=args.peer_python)
         protocol = {"rounds": rounds, "steps": steps, "warm_up": warm_up}
-        where = {"date": result["date"], "machine": result["machine"]}  # groups of several runs may be put into one file
+        where = {
+            "date": result["date"],
+            "machine": result["machine"],
+        }  # groups of several runs may be put into one file
         result["groups"].append(found | where | {"protocol": protocol, "commit": commit})
         out.write_text(
             json.dumps(result, indent=1) + "\n"

@@ -254,7 +254,11 @@ def is_composite(op: Any) -> bool:
     if not isinstance(op, torch._ops.OpOverload):
         return False
     has = partial(torch._C._dispatch_has_kernel_for_dispatch_key, op.name())
-    return has("CompositeImplicitAutograd") and not any(has(k) for k in ("CPU", "CUDA", "CompositeExplicitAutograd"))
+    return (
+        op.namespace != "prim"
+        and has("CompositeImplicitAutograd")
+        and not any(has(k) for k in ("CPU", "CUDA", "CompositeExplicitAutograd"))
+    )
 
 
 def autograd_node() -> int | None:

@@ -112,7 +112,9 @@ def _of_shards(step: TrainStep, history: list[Any], names: list[str], width: int
     for i, t in enumerate(history):
         if t.name == "shard":
             size, name = t.axes[0].size, t.axes[0].name
-            again = n.blocks if "checkpoint" in names[i:] else 0  # what comes outside of it gathers it again in backward
+            again = (
+                n.blocks if "checkpoint" in names[i:] else 0
+            )  # what comes outside of it gathers it again in backward
             found.append(Message("gather", name, step.microbatches * (n.everything + again) * width // part, exact))
             found.append(Message("reduce-scatter", name, step.microbatches * n.trained * width // part, exact))
             part *= size
