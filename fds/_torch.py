@@ -251,8 +251,8 @@ def composite_kernel(op: Any) -> Callable[..., Any]:
 @cache
 def is_composite(op: Any) -> bool:
     """Whether an operator is made of others by definition, and has no kernel of its own on any device."""
-    if not isinstance(op, torch._ops.OpOverload):
-        return False
+    if not isinstance(op, torch._ops.OpOverload) or not any("Tensor" in str(r.type) for r in op._schema.returns):
+        return False  # a question about a tensor's shape or device: not all of these are in the dispatcher
     has = partial(torch._C._dispatch_has_kernel_for_dispatch_key, op.name())
     return (
         op.namespace != "prim"
