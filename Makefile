@@ -51,6 +51,7 @@ examples: $(VENV)/ready
 # Configurations as people use them, in fds and in the real DeepSpeed: the same losses. The peer is installed first, so it is no part of `make test`.
 test-deepspeed: $(VENV)/ready .venv-peers/ready
 	$(BIN)/python benchmarks/deepspeed_parity.py --peer-python .venv-peers/bin/python
+	FDS_PEER_PYTHON=.venv-peers/bin/python $(BIN)/python -m pytest tests/deepspeed/test_peer_tools.py
 	$(BIN)/python benchmarks/report.py benchmarks/results/deepspeed_parity.json
 
 bench-train: $(VENV)/ready .venv-peers/ready
