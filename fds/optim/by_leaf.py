@@ -39,8 +39,9 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int, sum_dtype: tor
     def init(params: Any) -> Any:
         return tx.init(_own(params, _plans(params, axis), axis))
 
-    def inner(grads: dict[str, Tensor], params: Any, norm: Norm) -> tuple[Any, Any, Norm]:
-        """This rank's gradients and parameters as `tx` takes them, and the norm of the former."""
+    def inner(grads: dict[str, Tensor], params: Any, norm: Norm) -> tuple[Any, Any, Norm, list[Tensor]]:
+        """This rank's gradients and parameters as `tx` takes them, the norm of the former, and a list that will have all norms that are asked for."""
+        asked: list[Tensor] = []
         plans = _plans(params, axis)
         check_shards(grads, {k: (p.size,) for k, p in plans.items()})
         mine = _own(params, plans, axis)
@@ -51,35 +52,42 @@ def sharded_by_leaf(tx: Optimizer, axis: Axis, bucket_bytes: int, sum_dtype: tor
         given = refilled(params, parts)
 
         def known(g: Any) -> Tensor:
-            return norm(grads if g is given else _buffers(g, params, plans, axis))
+            asked.append(norm(grads if g is given else _buffers(g, params, plans, axis)))
+            return asked[-1]
 
         check_like(given, mine)
-        return given, mine, known
+        return given, mine, known, asked
 
     def norm_over(grads: dict[str, Tensor]) -> Tensor:
         return axis.sum(tree.square_sum(tree.leaves(grads))).sqrt()
 
-    def gathered(new: Any, params: Any) -> Any:
+    def buffers(new: Any, params: Any, plans: dict[str, _Plan], asked: list[Tensor]) -> dict[str, Tensor]:
+        """What this rank sends. A rank without leaves has no use for a norm, and a compiler would leave out its reduction, which others wait for:
+        so what is sent depends on it."""
+        found = _buffers(new, params, plans, axis)
+        return {k: _AFTER(x, asked) for k, x in found.items()} if asked and axis.size > 1 else found
+
+    def gathered(new: Any, params: Any, asked: list[Tensor]) -> Any:
         """The whole tree, of each rank's own leaves."""
         plans, leaves = _plans(params, axis), by_name(params)
         found: dict[str, Tensor] = {}
-        for k, flat in _buffers(new, params, plans, axis).items():
+        for k, flat in buffers(new, params, plans, asked).items():
             for row, own in zip(_gathered(flat, axis, bucket_bytes).unbind(), plans[k].owners, strict=True):
                 found |= _cut(row, [leaves[i] for i in own])
         return refilled(params, found)
 
     def update(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm = norm_over) -> tuple[Any, Any]:
-        given, mine, known = inner(grads, params, norm)
+        given, mine, known, asked = inner(grads, params, norm)
         updates, state = tx.update(given, state, mine, norm=known)
-        return gathered(tree.map(lambda u, p: u.to(p.dtype), updates, mine), params), state
+        return gathered(tree.map(lambda u, p: u.to(p.dtype), updates, mine), params, asked), state
 
     def step(grads: dict[str, Tensor], state: Any, params: Any, *, norm: Norm, ok: Tensor, donated: bool) -> tuple[Any, Any]:  # fmt: skip
-        given, mine, known = inner(grads, params, norm)
+        given, mine, known, asked = inner(grads, params, norm)
         new, state = guarded_step(tx, given, state, mine, norm=known, ok=ok, donated=donated)
         if not donated or not all(x.is_contiguous() for x in tree.leaves(params)):
-            return gathered(new, params), state
+            return gathered(new, params, asked), state
         plans, leaves = _plans(params, axis), by_name(params)
-        for k, flat in _buffers(new, params, plans, axis).items():
+        for k, flat in buffers(new, params, plans, asked).items():
             each = [[leaves[i][1] for i in own] for own in plans[k].owners]
             for a, b in messages(flat.numel(), flat.element_size(), axis, bucket_bytes):
                 message = collectives.gather(flat[a:b], axis).view(axis.size, b - a)
@@ -185,6 +193,11 @@ def _aligned(parts: list[Tensor], row: Tensor) -> Iterator[tuple[Tensor, Tensor]
         at += len(part)
 
 
+def _same(x: Tensor, after: list[Tensor]) -> Tensor:
+    return x.clone()
+
+
+_AFTER = opaque_operator("after", "(Tensor x, Tensor[] after) -> Tensor", _same, lambda x, after: torch.empty_like(x))
 _fill = opaque_operator(
     "fill_rows", "(Tensor(a!)[] leaves, int[] counts, Tensor message, SymInt start) -> ()", _fill_rows
 )

@@ -184,6 +184,28 @@ def test_a_step_on_two_ranks_follows_one_and_its_files_go_on_there(compiled, tmp
         torch.testing.assert_close(tree.named(more.params)[k], w, rtol=1e-4, atol=1e-5)
 
 
+def without_leaves():
+    """One leaf: the second rank has none, and no use of its own for the norm that the first one clips by."""
+    axis = fds.sharding.mesh(dp=2)["dp"]
+    tx = optim.sharded(optim.chain(optim.scale(2.0), optim.clip_by_global_norm(0.5), optim.lamb(0.1)), axis)
+    p = {"w": torch.ones(4, 3)}
+    state = tx.init(p)
+
+    def step(p, leaves, g):
+        updates, new = tx.update(tx.reduce(g), tree.rebuild(state, iter(leaves)), p)
+        return optim.apply_updates(p, updates), tree.flat(new)
+
+    compiled, leaves = torch.compile(step, fullgraph=True, backend="aot_eager"), tree.flat(state)
+    for _ in range(2):
+        p, leaves = compiled(p, leaves, {"w": torch.full((4, 3), 1.0 + axis.rank)})
+    return p["w"]
+
+
+def test_a_rank_without_leaves_takes_part_in_norms():
+    a, b = ranks.run(2, without_leaves, timeout=120)
+    assert torch.equal(a, b) and not torch.equal(a, torch.ones(4, 3))
+
+
 def summed(dtype):
     axis = fds.sharding.mesh(dp=2)["dp"]
     tx = optim.sharded(optim.lamb(0.1), axis, sum_dtype=dtype)
