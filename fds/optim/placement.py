@@ -42,8 +42,6 @@ def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25, sum_dtype: 
         raise ValueError(
             f"sharded: the optimizer inside {'reduces gradients itself, and keeps whole moments on every rank; leave sharded() out' if tx.local else 'is sharded already; shard it once, outermost: sharded(tx, axis)'}"
         )
-    if tx.whole and sum_dtype is not None:
-        raise ValueError("sharded: sum_dtype with a rule of whole leaves (lamb, muon, partition), whose gradients are sent in their own dtype; leave it out")  # fmt: skip
     if tx.whole:
         return sharded_by_leaf(tx, axis, bucket_bytes, sum_dtype)
 
