@@ -197,7 +197,11 @@ def _same(x: Tensor, after: list[Tensor]) -> Tensor:
     return x.clone()
 
 
-_AFTER = opaque_operator("after", "(Tensor x, Tensor[] after) -> Tensor", _same, lambda x, after: torch.empty_like(x))
+def _same_shape(x: Tensor, after: list[Tensor]) -> Tensor:
+    return torch.empty_like(x)
+
+
+_AFTER = opaque_operator("after", "(Tensor x, Tensor[] after) -> Tensor", _same, _same_shape)
 _fill = opaque_operator(
     "fill_rows", "(Tensor(a!)[] leaves, int[] counts, Tensor message, SymInt start) -> ()", _fill_rows
 )
