@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-deepspeed lint format examples bench-train bench-io bench-generate gpu kernels clean
+.PHONY: demo test test-slow test-deepspeed lint format examples bench-train bench-io bench-generate gpu kernels clean
 
 # torch first and by itself: the constraint then keeps every later install from looking for another build of it.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -23,6 +23,10 @@ demo: $(VENV)/ready
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests fds
 	$(MAKE) examples
+
+# What takes more than a minute by itself.
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 -m slow tests
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ def run(out, ranks, steps, *more):
     return [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow  # `make examples` kills and goes on, in every run
 def test_a_killed_worker_and_other_numbers_of_ranks_follow_the_uninterrupted_run(tmp_path):
     want = run(tmp_path / "straight", 0, 8)
     assert [x["step"] for x in want] == list(range(8)) and len({x["loss"] for x in want}) == 8

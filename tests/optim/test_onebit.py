@@ -284,7 +284,10 @@ def train(name, how, folder):
     return losses + more, norms, {k: x.clone() for k, x in tree.named(state.params).items()}, int(state.skipped)
 
 
-@pytest.mark.parametrize(("name", "compiled"), [("adam", True), ("lamb", False), ("zero one", True)])
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [("adam", True), ("lamb", False), ("zero one", False), pytest.param("zero one", True, marks=pytest.mark.slow)],
+)
 def test_a_step_eager_compiled_and_resumed(name, compiled, tmp_path):
     """Seven steps, one of them skipped, over the border where signs begin; then three more, of the files too."""
     ways = ("eager", "saved", *(["compiled"] if compiled else []))
