@@ -6,7 +6,7 @@ A torch without one of the imported names fails here, by name. Run on torch 2.13
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -37,7 +37,19 @@ def inside_functorch() -> bool:
 
 def nonstrict_trace(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` as one call to Dynamo, which AOTAutograd traces through. Dynamo is imported by this call, not with fds: it takes seconds."""
-    return torch._dynamo.nonstrict_trace(f)
+    return torch._dynamo.nonstrict_trace(f if hasattr(torch.compiler, "_compile_session_context") else _compiling(f))
+
+
+def _compiling(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` where `torch.compiler.is_compiling` says so to whom it calls. torch 2.13 does so by itself; in 2.11 only what Dynamo reads is told."""
+    from torch._export.utils import _compiling_state_context
+
+    @wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _compiling_state_context():
+            return f(*args, **kwargs)
+
+    return run
 
 
 def each_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:

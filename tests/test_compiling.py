@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fds.compiling import ByShape, Recorded
+from fds.compiling import ByShape, Recorded, traced
 
 
 def test_more_shapes_than_dynamo_allows():
@@ -22,6 +22,22 @@ def test_more_shapes_than_dynamo_allows():
         plain = torch.compile(scaled, fullgraph=True, dynamic=False, backend="eager")
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             _ = [plain(torch.tensor(2.0), x) for x in rows]
+
+
+def test_what_is_traced_knows_that_it_is_compiled():
+    """Masks of transformers look at data unless they are told so. torch 2.11 tells only what Dynamo itself reads."""
+    told = []
+
+    def looks(x):
+        told.append(torch.compiler.is_compiling())
+        return x + 1
+
+    f = traced(looks)
+    f(torch.ones(2))
+    assert told == [False]
+    torch.compile(f, fullgraph=True, backend="aot_eager")(torch.ones(2))
+    assert len(told) > 1 and all(told[1:])
+    assert not torch.compiler.is_compiling()
 
 
 def test_a_step_runs_once_is_recorded_once_and_is_played_from_then_on(monkeypatch):

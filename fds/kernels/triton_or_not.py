@@ -33,7 +33,10 @@ else:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run `kernel` over `grid`; a compiler sees the launch as a node of its graph. An empty grid is nothing to do."""
     if all(n > 0 for n in grid):
-        torch.library.wrap_triton(kernel)[grid](*args, **meta)
+        interpreted = not isinstance(
+            kernel, triton.JITFunction
+        )  # TRITON_INTERPRET=1: torch before 2.13 does not know what that makes of one
+        (kernel if interpreted else torch.library.wrap_triton(kernel))[grid](*args, **meta)
 
 
 __all__ = ["jit", "launch", "tl", "triton"]
