@@ -255,7 +255,7 @@ def states(result: Json) -> str:
     (group,) = result["groups"]
     rows = list[list[str]]()
     for name, runs in group["measured"].items():
-        if name == "fds-asynchronous":
+        if _of(group, name, "plain_s"):  # of steps beside a save: see `_behind`
             continue
         seconds, size = (
             [_of(group, name, k) for k in ("returned_s", "on_disk_s", "loaded_s")],

@@ -49,6 +49,7 @@ def save(directory: Directory, program: Program, stored: Stored, *, max_shard_si
     files of at most `max_shard_size` bytes (or one leaf). Non-persistent buffers are not written; tied leaves once. With `lora` in the program the
     weights are the fused ones (`save_adapters` writes the adapters alone). Every rank has to call it; rank 0 writes.
     """
+    tree.positive("save: max_shard_size", max_shard_size)
     folder, what = prepare(directory), f"save({directory})"
     files = _files(program, max_shard_size)
     first = {next(iter(spec)): name for name, spec in files.items() if spec}

@@ -200,22 +200,16 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if ranks() > 1:
-        dist.barrier()
-
-
 def prepare(directory: Directory) -> Path:
     """The directory, made if need be, without what killed runs left in it."""
     folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, required a directory")
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
-        for leftover in folder.glob(f"{_ASIDE}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    barrier()
+    with together(str(folder)):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: is a file, required a directory")
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            for leftover in folder.glob(f"{_ASIDE}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 

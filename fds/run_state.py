@@ -12,7 +12,10 @@ ranks, another placement, with or without a store. What changes values or names 
 One rename decides: that of `state.json`. It names a folder before anything is written to it, and counts it when all of it is on the disk.
 """
 
+import atexit
 import json
+import logging
+import math
 import shutil
 import warnings
 import zlib
@@ -33,6 +36,8 @@ from fds.program import Program
 from fds.state_entries import Entry
 from fds.state_entries import entries as list_entries
 from fds.train import TrainState, TrainStep
+
+LOG = logging.getLogger("fds.run_state")
 
 _LIST, _FORMAT = "state.json", 2
 _RUNNING: list[Outcome[None]] = []  # the save in the background, one at most: its ranks talk over one process group
@@ -74,6 +79,7 @@ def save_state(
     entries: list[Entry] = []
     tensors: dict[str, Any] = {}
     with together(what):
+        _check_step(what, step)
         _settle()
         leaves = step.check(state, {})
         entries = list_entries(step, torch.device("meta"))
@@ -85,16 +91,19 @@ def save_state(
             )
         manifest = {
             "format": _FORMAT,
-            "tag": _checked_tag(str(int(state.step)) if tag is None else tag),
+            "tag": str(int(state.step)) if tag is None else _checked_tag(tag),
             "step": int(state.step),
             "ranks": ranks(),
             "program": _chain(step.program),
             "accelerator": _on_accelerator(entries, tensors),
             "extra": _checked_extra(extra),
         }
-        if keep is not None and (not isinstance(keep, int) or keep < 1):
+        if keep is not None and (type(keep) is not int or keep < 1):
             raise ValueError(f"{what}: keep={keep!r}, required a number of saves >= 1, or None for all")
+        if not isinstance(asynchronous, bool):
+            raise ValueError(f"{what}: asynchronous={asynchronous!r}, required True or False")
     _check_same(what, {**manifest, "keep": keep, "asynchronous": asynchronous})
+    _check_replicas(what, step, entries, tensors)
     folder, name = prepare(directory), ""
     with together(what):
         name = _begin(folder, manifest["tag"]) if rank() == 0 else ""
@@ -121,6 +130,7 @@ def load_state(directory: Directory, step: TrainStep, *, tag: str | None = None)
     entries: list[Entry] = []
     state: list[TrainState] = []
     with together(what):
+        _check_step(what, step)
         _settle()
         found = json.dumps(_find(folder, tag)) if rank() == 0 else ""
     save = json.loads(agreed(found))
@@ -143,12 +153,19 @@ def load_state(directory: Directory, step: TrainStep, *, tag: str | None = None)
 
 def load_extra(directory: Directory, *, tag: str | None = None) -> dict[str, Any]:
     """The `extra` that the newest save in a directory (or the one called `tag`) was written with; empty if it had none."""
-    wait(_RUNNING)
+    finish_saves()
     save = _find(Path(directory), tag)
     return _manifest(Path(directory) / save["folder"], save["crc"])["extra"]
 
 
 # --- what a state was made by, and where ---
+
+
+def _check_step(what: str, step: Any) -> None:
+    if not isinstance(getattr(step, "spec", None), TrainState):
+        raise ValueError(
+            f"{what}: step is a {type(step).__name__}, required what fds.train_step returned, or fds.compile of that"
+        )
 
 
 def _chain(program: Program) -> list[str]:
@@ -189,6 +206,7 @@ def _saves(folder: Path) -> dict[str, Any]:
 
 def _find(folder: Path, tag: str | None) -> dict[str, Any]:
     """The newest save, or the one with this tag."""
+    tag = None if tag is None else _checked_tag(tag)
     if not (folder / _LIST).is_file():
         raise ValueError(f"{folder}: no checkpoint (no {_LIST}); give the directory that fds.save_state wrote")
     saves = _saves(folder)["saves"]
@@ -276,8 +294,36 @@ def _check_same(what: str, mine: dict[str, Any]) -> None:
                 )
 
 
+def _check_replicas(what: str, step: TrainStep, entries: list[Entry], tensors: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if ranks hold different values of one piece, of which one rank's would be written.
+
+    Where the step reduces over all ranks of the job, or they compute one call together, what they hold is the same by construction, and
+    nothing is compared.
+    """
+    axes = dict.fromkeys([*step.data_axes, *(a for t in step.program.history for a in t.shared)])
+    if math.prod(a.size for a in axes) >= ranks():
+        return
+    from fds.state_files import checksums
+
+    mine: dict[tuple[str, tuple[int, ...]], int] = {}
+    with together(what):
+        mine = checksums(entries, tensors)
+    given: list[Any] = [None] * ranks()
+    dist.all_gather_object(given, mine)
+    first: dict[Any, int] = {}
+    for r, theirs in enumerate(given):
+        for piece, crc in theirs.items():
+            other = first.setdefault(piece, r)
+            if given[other][piece] != crc:
+                raise ValueError(
+                    f"{what}: {piece[0]!r} is not the same on ranks {other} and {r}, which both hold it: no transformation of this program reduces over all {ranks()} ranks ({list(step.program.history)}); put shard(axis) or replicate(axis) into its chain, or use optim.sharded(tx, axis); or give these ranks the same rows and the same seed"
+                )
+
+
 def _write(what: str, tensors: dict[str, Any], writer: Any, planner: Any, asynchronous: bool) -> Outcome[None] | None:
     import torch.distributed.checkpoint as dcp
+
+    from fds.state_files import without_group
 
     if not asynchronous:
         with _plain_errors(what):
@@ -285,20 +331,37 @@ def _write(what: str, tensors: dict[str, Any], writer: Any, planner: Any, asynch
         return None
     outcome: Outcome[None] = Outcome()
     outcome.set_running_or_notify_cancel()
+    world = ranks()
 
     def done(future: Future[Any]) -> None:
         error = future.exception()
         if error is None:
             outcome.set_result(None)
         else:
-            outcome.set_exception(_plain(error, what))
+            lost = without_group(what)
+            lost.__cause__ = error
+            outcome.set_exception(_plain(error, what) if ranks() == world else lost)
 
     group = _background_group()
     with _plain_errors(what):
         future: Any = dcp.async_save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=ranks() == 1)  # fmt: skip
     _RUNNING.append(outcome)
+    atexit.unregister(_last_words)
+    atexit.register(_last_words)  # the thread is over then: Python waits for it before
     future.add_done_callback(done)
     return outcome
+
+
+def finish_saves() -> None:
+    """Wait for the save in the background, if there is one. Its error is raised by `save_state` or `load_state`, or said when the process ends."""
+    wait(_RUNNING)
+
+
+def _last_words() -> None:
+    """At the end of a process: the error of a save in the background that nobody has asked about."""
+    for outcome in _RUNNING:
+        if outcome.done() and not outcome.asked and (error := outcome.exception()) is not None:
+            LOG.error("the last save in the background failed: %s: %s", type(error).__name__, error)
 
 
 def _settle() -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future as TorchFuture
 
-from fds.files import flush_folder, rank, tensor_bytes, tensor_header, tensor_places
+from fds.files import flush_folder, rank, ranks, tensor_bytes, tensor_header, tensor_places
 from fds.layout import Box
 from fds.offload import handles
 from fds.offload.aio import HUGE, Engine, empty
@@ -53,6 +53,16 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 def checksum(x: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
     return zlib.crc32(tensor_bytes(x))
+
+
+def checksums(entries: list[Entry], tensors: Mapping[str, Tensor]) -> dict[tuple[str, tuple[int, ...]], int]:
+    """Of every piece of a state that this rank holds, by leaf and offsets. Tensors in a store are read one at a time."""
+    found = dict[tuple[str, tuple[int, ...]], int]()
+    for e in entries:
+        x = tensors[e.path]
+        x = handles.read(x) if handles.is_handle(x) else x
+        found |= {(b.leaf, b.offsets): checksum(e.view(x, b).detach().to("cpu").contiguous()) for b in e.boxes}
+    return found
 
 
 class _Coming:
@@ -126,6 +136,13 @@ class Saver(dcp.DefaultSavePlanner):
         return self.last[1]
 
 
+def without_group(what: str) -> ValueError:
+    """The error of a save in the background whose ranks cannot reach each other any more."""
+    return ValueError(
+        f"{what}: the process group has ended before the save in the background has; wait for its future, future.result(), before dist.destroy_process_group()"
+    )
+
+
 @attrs.frozen
 class Written:
     """Where a piece is: the file, its name there, its checksum."""
@@ -136,16 +153,22 @@ class Written:
 
 
 class Writer(StorageWriter):
-    """Writes the pieces of a plan to `folder`; ``published(crc of the manifest)`` is called on one rank when all is on the disk."""
+    """Writes the pieces of a plan to `folder`; ``published(crc of the manifest)`` is called on one rank when all is on the disk.
+
+    It is made where the process group is known to run. In the background that may have ended, and DCP would take each rank for a job of its own.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], published: Any) -> None:
         self.folder, self.manifest, self.published = folder, manifest, published
+        self.rank, self.ranks = rank(), ranks()
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing to forget: a writer writes once."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Every rank has its file."""
+        """Every rank has its file. Raises `ValueError` if the ranks of this writer cannot be reached any more."""
+        if ranks() != self.ranks:
+            raise without_group(str(self.folder))
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
         return plan
@@ -159,7 +182,9 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> TorchFuture[list[WriteResult]]:
         done: TorchFuture[list[WriteResult]] = TorchFuture()
-        done.set_result(list(self._write(f"rank-{rank():05d}.safetensors", plan.items, planner)) if plan.items else [])
+        done.set_result(
+            list(self._write(f"rank-{self.rank:05d}.safetensors", plan.items, planner)) if plan.items else []
+        )
         return done
 
     def _write(self, file: str, items: list[WriteItem], planner: dcp.SavePlanner) -> Iterator[WriteResult]:

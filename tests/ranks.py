@@ -7,8 +7,11 @@ traceback, and the pool starts anew for the next.
 """
 
 import atexit
+import contextlib
 import os
 import pickle
+import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +32,16 @@ def run(n, function, *args, timeout=300):
     except BaseException:
         _POOLS.pop(n).close()
         raise
+
+
+def free_port():
+    """A port where nobody listens, below those that the kernel gives to whoever asks for any: it is still free when a job comes to it."""
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, ephemeral)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 class Pool:

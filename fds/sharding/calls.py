@@ -47,8 +47,24 @@ def _part(axis: Axis | None) -> None:
     FRAME.get().draws.part = 0 if axis is None or axis.size == 1 else axis.rank + 1
 
 
-def column(axis: Axis, apply: Apply) -> Apply:
+def _check_features(path: str, x: Tensor, features: int, ranks: int, fix: str) -> None:
+    if x.shape[-1] != features:
+        raise ValueError(f"tensor_parallel: {path}: its input has {x.shape[-1]} features, required {features} (the plan over {ranks} ranks); {fix}")  # fmt: skip
+
+
+def whole(axis: Axis, path: str, features: int, apply: Apply) -> Apply:
+    """A linear layer that every rank computes alike."""
+
     def run(leaves: Params, x: Tensor) -> Tensor:
+        _check_features(path, x, features, axis.size, "what comes before is split: name this layer 'row' in the plan, or the one before 'column_gather'")  # fmt: skip
+        return apply(leaves, x)
+
+    return run
+
+
+def column(axis: Axis, path: str, features: int, apply: Apply) -> Apply:
+    def run(leaves: Params, x: Tensor) -> Tensor:
+        _check_features(path, x, features, axis.size, "what comes before is split already: name one of the two 'row' in the plan")  # fmt: skip
         _part(None)
         y = apply(leaves, _fan_out(x, axis))
         _part(axis)
@@ -73,13 +89,14 @@ def gathered(core: Core, axis: Axis, path: str, sizes: list[int], apply: Apply) 
     return run
 
 
-def row(core: Core, axis: Axis, sequence: bool, path: str, apply: Apply) -> Apply:
-    """The sum of the ranks' products, and the bias once."""
+def row(core: Core, axis: Axis, sequence: bool, path: str, features: int, apply: Apply) -> Apply:
+    """The sum of the ranks' products of so many input features, and the bias once."""
     name = core.first_name(f"{path}.bias")
     takes_none = isinstance(core.part(path), nn.Linear)  # Conv1D adds its bias, whatever it is
     total = partial(_summed, axis, sequence)
 
     def run(leaves: Params, x: Tensor) -> Tensor:
+        _check_features(path, x, features, axis.size, "split what comes before by 'column' in the plan; if that is whole, the style is 'row_split'")  # fmt: skip
         bias = leaves.get(name)
         if bias is None:
             return total(apply(leaves, x))

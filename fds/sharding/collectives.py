@@ -215,11 +215,27 @@ REDUCED = opaque_operator(
 
 
 def _total(x: Tensor, n: int, group: str, mean: bool) -> Tensor:
-    out = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.clone()
-    out = out.contiguous()
-    with collective("total", x, group) as ranks:
+    low = x.dtype in (torch.bfloat16, torch.float16)
+    if low and x.device.type != "cuda":
+        return _total_of_low(x, n, group, mean)
+    out = (x.float() if low else x.clone()).contiguous()
+    with collective("total", out, group) as ranks:
         dist.all_reduce(out, group=ranks)
     return (out / n if mean else out).to(x.dtype)
+
+
+def _total_of_low(x: Tensor, n: int, group: str, mean: bool) -> Tensor:
+    """Each rank sums a part in float32, of what came in the wire's dtype, and sends it rounded, once: the bytes of an all-reduce in that dtype."""
+    size = x.numel()
+    out = x.new_zeros(-(-size // n) * n)
+    out[:size] = x.reshape(-1)
+    with collective("total", x, group) as ranks:
+        parts = torch.empty_like(out)
+        dist.all_to_all_single(parts, out, group=ranks)
+        own = parts.view(n, -1).sum(0, dtype=torch.float32)
+        for work in _broadcasts(out, (own / n if mean else own).to(x.dtype), ranks):
+            work.wait()
+    return out[:size].view(x.shape)
 
 
 def _replicate_batch(x: Tensor, *c: Any) -> Tensor:
@@ -288,7 +304,8 @@ split_op = linear_operator(
 )
 
 
-def _is_mean(reduce: str) -> bool:
+def is_mean(reduce: str) -> bool:
+    """Whether `reduce` says "mean". `ValueError` for what is neither that nor "sum"."""
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce: {reduce!r} is unknown; {tree.suggest(reduce, ['mean', 'sum'])}")
     return reduce == "mean"
@@ -305,7 +322,7 @@ def gather(x: Tensor | Gatherable, axis: _Axis, *, reduce: str = "mean") -> Tens
     With "mean" the gradient that comes back is the mean over ranks: every rank's loss is a mean over its own rows, and the result is
     the gradient of the mean over all rows.
     """
-    mean = _is_mean(reduce)
+    mean = is_mean(reduce)
     if not isinstance(x, Tensor):
         return x.gathered(axis, mean)
     return x if _silent(x, axis) else gather_op(x, axis.size, axis.group, mean)
@@ -313,19 +330,19 @@ def gather(x: Tensor | Gatherable, axis: _Axis, *, reduce: str = "mean") -> Tens
 
 def scatter(x: Tensor, axis: _Axis, *, reduce: str = "mean") -> Tensor:
     """Reduce over ranks and keep this rank's part: [n*m] -> [m] (reduce-scatter). Its gradient is `gather`, divided by n for "mean"."""
-    mean = _is_mean(reduce)
+    mean = is_mean(reduce)
     return x if _silent(x, axis) else scatter_op(x, axis.size, axis.group, mean)
 
 
 def replicate(x: Tensor, axis: _Axis, *, reduce: str = "mean") -> Tensor:
     """`x` itself, which every rank holds whole; its gradient is reduced over the axis (data parallelism)."""
-    mean = _is_mean(reduce)
+    mean = is_mean(reduce)
     return x if _silent(x, axis) else replicate_op(x, axis.size, axis.group, mean)
 
 
 def total(x: Tensor, axis: _Axis, *, reduce: str = "sum") -> Tensor:
     """The reduction of `x` over the axis, on every rank (all-reduce; low precision is summed in float32)."""
-    mean = _is_mean(reduce)
+    mean = is_mean(reduce)
     return x if _silent(x, axis) else total_op(x, axis.size, axis.group, mean)
 
 

@@ -92,6 +92,8 @@ def init_distributed(
         raise ValueError("init_distributed: this build of torch has no torch.distributed; install one that has it")
     if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
         raise ValueError(f"timeout: {timeout!r}, required a positive datetime.timedelta")
+    if type(distributed_port) is not int or not 0 < distributed_port < 1 << 16:
+        raise ValueError(f"distributed_port: {distributed_port!r}, required 1 to 65535")
     if (rank < 0) != (world_size < 0):
         raise ValueError(f"rank {rank}, world_size {world_size}: give both, or neither")
     if dist.is_initialized():

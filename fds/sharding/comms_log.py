@@ -230,6 +230,17 @@ def _size(nbytes: float) -> str:
     return f"{nbytes:.4g} TiB"
 
 
+def _operations(names: Any) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise ValueError(f"prof_ops: {names!r}, required a list of operations, as [{names!r}]")
+    return tuple(map(_known, names))
+
+
+def _is_switch(_: Any, field: Any, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{field.name}: {value!r}, required True or False")
+
+
 def _known(op: str) -> str:
     name = _ALIASES.get(op, op)
     if name not in _BUS:
@@ -252,7 +263,7 @@ class CommsLogger:
         prof_ops: names of operations, as ``["all_reduce"]``; torch's further names mean the same (``all_gather_into_tensor``).
 
     Raises:
-        ValueError: a name in `prof_ops` is no operation.
+        ValueError: a name in `prof_ops` is no operation; a switch is neither True nor False.
 
     >>> with CommsLogger(enabled=True) as log:
     ...     pass
@@ -260,11 +271,11 @@ class CommsLogger:
     0
     """
 
-    enabled: bool = False
-    verbose: bool = False
-    prof_all: bool = True
-    debug: bool = False
-    prof_ops: tuple[str, ...] = attrs.field(default=(), converter=lambda ops: tuple(map(_known, ops)))
+    enabled: bool = attrs.field(default=False, validator=_is_switch)
+    verbose: bool = attrs.field(default=False, validator=_is_switch)
+    prof_all: bool = attrs.field(default=True, validator=_is_switch)
+    debug: bool = attrs.field(default=False, validator=_is_switch)
+    prof_ops: tuple[str, ...] = attrs.field(default=(), converter=_operations)
     _latencies: dict[_Key, "array[float]"] = attrs.field(factory=dict, init=False, repr=False)
     _pending: deque[tuple[_Key, Any, Any]] = attrs.field(factory=deque, init=False, repr=False)
     _lock: Any = attrs.field(factory=threading.RLock, init=False, repr=False)

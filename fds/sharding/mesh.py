@@ -41,6 +41,12 @@ class Axis:
                 dist.barrier(group=ranks)
 
 
+def check_axis(what: str, axis: Any) -> None:
+    """`ValueError` for something else than an axis of a mesh, as the mesh itself."""
+    if not isinstance(axis, Axis):
+        raise ValueError(f"{what}: got {axis!r}, required an axis of a mesh, as in {what}(mesh['dp'])")
+
+
 class Mesh:
     """Named axes over the ranks of a job: ``mesh["dp"]`` is an `Axis`; ``mesh.device`` is this rank's device."""
 

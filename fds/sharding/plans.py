@@ -98,6 +98,8 @@ def plan_of(module: nn.Module, plan: Mapping[str, str] | None = None) -> Plan:
         found, source = _of_transformers(own, names, type(module).__name__), "the model's own"
     else:
         found, source = _by_rule(module), "by the names of the layers"
+    if not found and plan is not None:
+        raise ValueError("tensor_parallel(plan=...): the plan names no layer; leave it out for the model's own, or one by the names of its layers")  # fmt: skip
     if not found:
         raise ValueError(
             f"tensor_parallel: {type(module).__name__} has no plan of its own, and none of its layers has a name that the rules know; give one, as plan={{'*.up_proj': 'column', '*.down_proj': 'row'}}; styles: {', '.join(STYLES)}"

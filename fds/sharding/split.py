@@ -19,6 +19,7 @@ from fds.sharding.plans import plan_of
 
 _OF_PARAMETERS = ("column", "packed_column", "row", "replicate")
 _ALONG_SEQUENCE = ("column", "packed_column", "fused_qkv", "interleaved_qkv", "row", "partial", "replicate")
+_COLUMNS = ("column", "packed_column", "fused_qkv", "interleaved_qkv")
 _KEYS = ("k_proj", "v_proj", "key", "value", "k", "v", "k_lin", "v_lin")
 
 
@@ -49,6 +50,7 @@ class Split:
             cut: Any = getattr(split, style)
             cut(path)
         split._check_neighbours(styles)
+        split._check_pairs(styles)
         split._tied_embeddings(styles)
         split._enter(styles)
         for path, heads in split.attention.items():
@@ -138,13 +140,13 @@ class Split:
         self._set(leaf, Cut(1, scaled(heads.queries, 1)))
 
     def row(self, path: str) -> None:
-        self._cut_row(path)
+        sizes = self._cut_row(path).sizes()
         if path in self.modules:
-            self._wrap(path, partial(calls.row, self.core, self.axis, self.sequence, path))
+            self._wrap(path, partial(calls.row, self.core, self.axis, self.sequence, path, sizes[self.axis.rank]))
 
     def row_split(self, path: str) -> None:
+        self.row(path)
         sizes = self._cut_row(path).sizes()
-        self._wrap(path, partial(calls.row, self.core, self.axis, self.sequence, path))
         self._wrap(
             path, lambda apply: lambda leaves, x: apply(leaves, collectives.split(x, self.axis, dim=-1, sizes=sizes))
         )
@@ -183,7 +185,8 @@ class Split:
             self._set(self.core.first_name(f"{path}.{key}"), SUMMED)
 
     def replicate(self, path: str) -> None:
-        """Nothing to do."""
+        if path in self.modules and self._is_linear(path):
+            self._wrap(path, partial(calls.whole, self.axis, path, self._inputs(path)))
 
     # --- helpers of the styles ---
 
@@ -223,6 +226,14 @@ class Split:
             raise self.error(path, f"{type(self.modules[path]).__name__} is not a linear layer with a 2-D weight")
         return self.core.first_name(f"{path}.weight"), self._output_dim(path)
 
+    def _inputs(self, path: str) -> int:
+        """Input features of a linear layer."""
+        leaf, out = self._weight(path)
+        return self.shapes[leaf][1 - out]
+
+    def _is_linear(self, path: str) -> bool:
+        return isinstance(self.modules[path], nn.Linear) or self._output_dim(path) == 1
+
     def _even(self, path: str, size: int) -> list[Range]:
         if size < self.axis.size:
             raise self.error(path, f"{size} features over {self.axis.size} ranks; sizes that work: 1 to {size}")
@@ -243,6 +254,8 @@ class Split:
             return
         if registries(self.modules[path])[0].get("bias") is not None:
             self._set(self.core.first_name(f"{path}.bias"), attrs.evolve(cut, dim=0))
+        if hasattr(self.modules[path], "nf"):  # transformers' Conv1D keeps its number of output features
+            self._wrap(path, partial(calls.with_values, self.core, path, {"nf": cut.sizes()[self.axis.rank]}))
         if listed:
             self.columns.append(path)
 
@@ -303,6 +316,20 @@ class Split:
                         f"the plan splits layers of {parent} and does not say what becomes of this {type(self.modules[path]).__name__}; add {path!r}: 'partial' if it works on what they make, 'replicate' if on what goes into them",
                     )
 
+    def _check_pairs(self, styles: Mapping[str, str]) -> None:
+        """What column layers split stays so until row layers sum it: a block, and what is outside of blocks, has both or neither."""
+        of: dict[str, dict[str, str]] = {}  # by block, a layer of each kind
+        for path, style in styles.items():
+            kind = "columns" if style in _COLUMNS else "rows" if style in ("row", "row_split") else style
+            if path in self.modules:
+                of.setdefault(next((s for s in self.core.sites if path.startswith(s + ".")), ""), {}).setdefault(kind, path)  # fmt: skip
+        for block, found in of.items():
+            where = f"of {block}" if block else "outside of the model's blocks"
+            if "columns" in found and "rows" not in found:
+                raise self.error(found["columns"], f"its output stays split, as the plan has no 'row' layer {where}; add one behind it, or name this one 'column_gather'")  # fmt: skip
+            if "rows" in found and "columns" not in found and styles[found["rows"]] == "row":
+                raise self.error(found["rows"], f"its input is whole, as the plan has no 'column' layer {where}; add one before it, or name this one 'row_split'")  # fmt: skip
+
     def _owners(self, path: str) -> list[str]:
         """The modules with parameters inside of a module that is not a block."""
         if path in self.core.sites or not path:
@@ -318,15 +345,10 @@ class Split:
             parent = path.rpartition(".")[0]
             if (heads := self._heads(path)) is not None:
                 self.attention.setdefault(parent, heads)
-            if hasattr(self.modules[path], "nf"):  # transformers' Conv1D keeps its number of output features
-                leaf, _ = self._weight(path)
-                self._wrap(
-                    path, partial(calls.with_values, self.core, path, {"nf": self.cuts[leaf].sizes()[self.axis.rank]})
-                )
             if self.sequence:
                 entered[parent if self._is_region(parent, styles) else path] = None
             else:
-                self._wrap(path, partial(calls.column, self.axis))
+                self._wrap(path, partial(calls.column, self.axis, path, self._inputs(path)))
         for path in entered:
             self._wrap(path, partial(calls.gathered_input, self.axis))
 

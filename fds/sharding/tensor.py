@@ -9,7 +9,7 @@ import attrs
 from fds.frame import Apply, scoped
 from fds.layout import Held
 from fds.program import Lens, Program
-from fds.sharding.mesh import Axis
+from fds.sharding.mesh import Axis, check_axis
 from fds.sharding.split import Split
 from fds.transform import Transform, direct, parameters, wrapped_calls
 from fds.tree import Params
@@ -37,6 +37,11 @@ def tensor_parallel(axis: Axis, plan: Mapping[str, str] | None = None, *, sequen
     Law: ``restore(place(p)) == p``; values and gradients equal one process.
     Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198.
     """
+    check_axis("tensor_parallel", axis)
+    if plan is not None and not isinstance(plan, Mapping):
+        raise ValueError(f"tensor_parallel: plan={plan!r}, required styles by pattern, as {{'*.up_proj': 'column', '*.down_proj': 'row'}}")  # fmt: skip
+    if not isinstance(sequence, bool):
+        raise ValueError(f"tensor_parallel: sequence={sequence!r}, required True or False")
     options: dict[str, Any] = {"axis": axis}
     options |= {"plan": dict(plan)} if plan is not None else {}
     options |= {"sequence": True} if sequence else {}

@@ -11,9 +11,9 @@ from torch import Tensor
 from fds import tree
 from fds.frame import FRAME
 from fds.layout import Boxes, Held, joined
-from fds.program import Lens, same
+from fds.program import Lens, Program, same
 from fds.sharding import collectives
-from fds.sharding.mesh import Axis
+from fds.sharding.mesh import Axis, check_axis
 from fds.transform import Split, Transform, chain, direct, parameters, through
 from fds.tree import Params
 
@@ -47,11 +47,10 @@ def shard(
     Law: ``restore(place(p)) == p``; over n ranks values and gradients equal one process on the global batch.
     Rajbhandari et al. 2020, arXiv:1910.02054, section 5.3.
     """
-    collectives.gather(
-        torch.zeros(0), Axis("", 1, 0), reduce=reduce
-    )  # an unknown `reduce` fails here, not in the first call
-    if threshold < 0:
-        raise ValueError(f"shard: threshold {threshold}, required a number of elements >= 0")
+    check_axis("shard", axis)
+    collectives.is_mean(reduce)  # an unknown one fails here, not in the first call
+    if type(threshold) is not int or threshold < 0:
+        raise ValueError(f"shard: threshold={threshold!r}, required a number of elements >= 0")
     options: dict[str, Any] = {"axis": axis, "reduce": reduce}
     if threshold:
         options["threshold"] = threshold
@@ -63,6 +62,7 @@ def shard(
         tuple(options.items()),
         lens=lambda p: _flat_lens(parameters(p), axis, reduce, threshold, p.axes, apart),
         provides=frozenset(["flat", "layout"]),
+        check=partial(_check_groups, apart) if apart else None,
         conflicts=frozenset(["whole"]),
         axes=(axis,),
         hold=partial(_gathered, axis),
@@ -80,6 +80,8 @@ def replicate(axis: Axis, *, reduce: str = "mean") -> Transform:
     last microbatch, and one message per site. Else it is in the order of the chain: ``chain(replicate(axis), cast("bfloat16"))`` sends
     bfloat16, after every microbatch.
     """
+    check_axis("replicate", axis)
+    collectives.is_mean(reduce)
 
     def make(spec: Params) -> Lens | None:
         def get(stored: Params) -> Params:
@@ -92,6 +94,15 @@ def replicate(axis: Axis, *, reduce: str = "mean") -> Transform:
     options: dict[str, Any] = {"axis": axis, "reduce": reduce}
     reduction = partial(_reduced, axis, reduce) if reduce == "mean" else None
     return through(make, name="replicate", options=options, provides=["layout"], conflicts=["whole"], axes=(axis,), reduction=reduction)  # fmt: skip
+
+
+def _check_groups(groups: Mapping[str, tuple[str, ...]], program: Program) -> None:
+    """Raise `ValueError` for a group that names no trainable leaf of the program."""
+    names = [k for p in (program.sites or {"": program}).values() for k, x in parameters(p).items() if x.requires_grad]
+    for group, patterns in groups.items():
+        if not any(tree.group_of(k, groups) == group for k in names):
+            tree.select(names, patterns, what=f"shard: group {group!r}")  # an error, with the nearest names
+            raise ValueError(f"shard: group {group!r} ({', '.join(patterns)}) has no leaf that groups before it do not name; leave it out, or name it first")  # fmt: skip
 
 
 def _gathered(axis: Axis, split: Split, stored: Params) -> Params:
@@ -172,10 +183,11 @@ def _flat_lens(spec: Params, axis: Axis, reduce: str, threshold: int, split: Map
     for name, leaf in spec.items():
         if leaf.numel() >= threshold:
             over = split.get(name, ())
-            key = ".".join(["shard", str(leaf.dtype).removeprefix("torch."), *(a.name for a in over), *([] if leaf.requires_grad else ["frozen"])])  # fmt: skip
-            key = f"{key}.{axis.name}" if key in spec else key  # a shard over an axis of one rank
+            parts = ["shard", str(leaf.dtype).removeprefix("torch."), *(a.name for a in over), *([] if leaf.requires_grad else ["frozen"])]  # fmt: skip
             group = tree.group_of(name, apart) if apart and leaf.requires_grad else None
-            key = key if group is None else f"{key}.{group}"
+            end = [] if group is None else [group]
+            key = ".".join([*parts, *end])
+            key = ".".join([*parts, axis.name, *end]) if key in spec else key  # a shard over an axis of one rank
             groups.setdefault(key, []).append(name)
             axes[key] = (*over, axis) if axis.size > 1 else over
     if not spec:

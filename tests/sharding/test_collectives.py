@@ -138,6 +138,32 @@ def test_a_bf16_sum_is_rounded_once():
     assert torch.equal(torch.cat(got), want)
 
 
+def in_low_precision():
+    """Of a sum in bfloat16: the result, what was recorded, and what was handed to torch; seven elements do not divide by the ranks."""
+    a, sent = sharding.mesh(dp=-1)["dp"], []
+
+    def watched(f):
+        def run(*tensors, **kwargs):
+            sent.append((f.__name__, tensors[0].dtype, tensors[0].numel()))
+            return f(*tensors, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patched, collectives.record() as wire:
+        for name in ("all_reduce", "all_to_all_single", "broadcast"):
+            patched.setattr(dist, name, watched(getattr(dist, name)))
+        out = collectives.total(_low(a.rank)[:7], a, reduce="mean")
+    return out, wire.bytes, sent
+
+
+def test_an_all_reduce_sends_the_dtype_that_it_is_of_and_rounds_once():
+    for n in (2, 4):
+        for out, wire, sent in ranks.run(n, in_low_precision):
+            want = torch.stack([_low(r) for r in range(n)]).float().mean(0).bfloat16()[:7]
+            assert torch.equal(out, want) and wire == {"total": 2 * 7}
+            assert sent == [("all_to_all_single", torch.bfloat16, 8), *[("broadcast", torch.bfloat16, 8 // n)] * n]
+
+
 def _low(rank):
     return torch.randn(8, generator=torch.Generator().manual_seed(rank)).bfloat16()
 

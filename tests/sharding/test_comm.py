@@ -5,19 +5,20 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 
 import fds
 from fds._torch import get_timeout
-from fds.sharding import comm, liveness
+from fds.sharding import collectives, comm, liveness
 from fds.sharding.discovery import _EXPLICIT
-from fds.sharding.launch import _free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
@@ -27,11 +28,16 @@ LAUNCHERS = {
 }
 
 
-def job(n, launcher, task, *args, ranks=None):
-    """Run ``task(*args)`` of this file on n fresh processes; (stdout, stderr, exit status) of the first `ranks`, the others are killed then."""
-    port = str(_free_port())
+def job(n, launcher, task, *args, first=None):
+    """Run ``task(*args)`` of this file on n fresh processes; (stdout, stderr, exit status) of the `first` ones, the others are killed then."""
+    port = str(ranks.free_port())
     base = {k: v for k, v in os.environ.items() if k not in _EXPLICIT}
-    base |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": port}
+    base |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_PORT": port,
+    }
     base |= {"torchrun": {"MASTER_ADDR": "127.0.0.1"}, "Open MPI": {"OMPI_COMM_WORLD_LOCAL_SIZE": str(n)}, "Slurm": {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}}[launcher]  # fmt: skip
     rank, world, local = LAUNCHERS[launcher]
     command = [sys.executable, __file__, task, *map(str, args)]
@@ -42,7 +48,7 @@ def job(n, launcher, task, *args, ranks=None):
         for r in range(n)
     ]
     try:
-        return [(*w.communicate(timeout=240), w.returncode) for w in workers[:ranks]]
+        return [(*w.communicate(timeout=240), w.returncode) for w in workers[:first]]
     finally:
         for w in workers:
             w.kill()
@@ -74,8 +80,10 @@ def lose(gone):
 
 
 def stall():
-    """Rank 1 is busy for longer than the timeout of a group that is not the first of the job."""
-    fds.init_distributed(timeout=timedelta(seconds=2), init_method="env://")
+    """Rank 1 is busy for longer than the timeout."""
+    fds.init_distributed(timeout=timedelta(seconds=200), init_method="env://")  # a busy machine may start one rank late
+    dist.barrier()
+    fds.init_distributed(timeout=timedelta(seconds=4))
     axis = fds.sharding.mesh(dp=2, tp=1)["dp"]
     axis.barrier()
     if axis.rank == 1:
@@ -107,7 +115,7 @@ def test_a_rank_that_ends_is_named_by_all_the_others(n, gone, launcher):
 
 
 def test_a_rank_that_does_not_join_is_told_from_one_that_is_gone():
-    ((out, err, _),) = job(2, "torchrun", "stall", ranks=1)
+    ((out, err, _),) = job(2, "torchrun", "stall", first=1)
     assert out, err
     said = json.loads(out)
     assert said["gone"] == [] and said["silent"] == [1]
@@ -117,7 +125,8 @@ def test_a_rank_that_does_not_join_is_told_from_one_that_is_gone():
 @pytest.fixture
 def alone(monkeypatch):
     for name in _EXPLICIT:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a test sets there is gone after it
+        monkeypatch.delenv(name)
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -146,6 +155,8 @@ def test_wrong_arguments(alone):
     for kwargs, message in [
         ({"rank": 0}, "rank 0, world_size -1: give both"),
         ({"timeout": 30}, "timeout: 30, required"),
+        ({"distributed_port": "29500"}, "distributed_port: '29500', required 1 to 65535"),
+        ({"distributed_port": 0}, "distributed_port: 0, required"),
         ({"timeout": timedelta(0)}, "required a positive"),
         ({"rank": 0, "world_size": 2}, "MASTER_ADDR, MASTER_PORT missing"),
         ({"dist_backend": "ncl"}, "'ncl' is unknown; did you mean 'nccl'"),
@@ -176,10 +187,44 @@ def test_timeouts(monkeypatch):
             comm.default_timeout({"DEEPSPEED_TIMEOUT": bad})
 
 
+def groups_of_a_mesh():
+    groups = [collectives.process_group(a.group) for a in fds.sharding.mesh(dp=2, tp=2).axes.values()]
+    assert dist.group.WORLD not in groups
+    assert liveness.watched() and all(
+        liveness._WATCH[0].addresses
+    )  # torch started this job's group, `mesh` has taken it over
+    return [g._get_backend(torch.device("cpu")).options._timeout for g in groups]
+
+
+def test_the_groups_of_a_mesh_have_the_timeout_of_the_job_and_ranks_know_each_other():
+    assert ranks.run(4, groups_of_a_mesh) == [[timedelta(minutes=5)] * 2] * 4  # of tests/ranks.py; torch's own is 30
+
+
 def test_only_failures_of_the_network_are_explained():
     with pytest.raises(RuntimeError, match="shapes") as caught, liveness.explained("total"):
         raise RuntimeError("shapes differ")
     assert type(caught.value) is RuntimeError
+
+
+def test_what_one_rank_has_found_it_tells_and_hears():
+    """Rank 1 of three left no address; rank 2, played here, knows that it is gone, and tells rank 0."""
+    told = []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        here = liveness._listen("127.0.0.1", 3)
+
+        def play():
+            line, _ = other.accept()
+            with line, line.makefile() as lines, socket.create_connection(here) as s:
+                told.append(json.loads(lines.readline()))
+                s.sendall(b'{"rank": 2, "gone": [1]}\n')
+                told.append(json.loads(lines.readline()))
+
+        player = threading.Thread(target=play, daemon=True)
+        player.start()
+        watch = liveness._Watch(lambda: None, 0, [here, None, other.getsockname()])
+        assert liveness._search(watch) == {1}
+        player.join(20)
+    assert told == [{"rank": 0, "gone": []}, {"rank": 0, "gone": [1]}]
 
 
 if __name__ == "__main__":

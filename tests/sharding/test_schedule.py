@@ -27,12 +27,19 @@ def toy(x, *shards):
     return grads, collectives.gather(torch.tanh(grads[0]), axis)
 
 
-def graphs(prefetch, overlap):
-    """Results of the graph as traced and as scheduled, and the names of its collectives in order."""
+def chained(x, *shards):
+    """A reduction whose result goes into the next one, as over two axes."""
+    axis = axes()[0]
+    first = collectives.scatter(x.reshape(-1), axis)
+    return first, collectives.scatter(torch.cat([torch.tanh(first) * 2] * 2), axis)
+
+
+def graphs(prefetch, overlap, f=toy):
+    """Results of the graph as traced and as scheduled, the names of its collectives in order, what was sent, and how many each `finish` waits for."""
     torch.manual_seed(0)
     n, rank = axes()[0].size, axes()[0].rank
     args = [torch.randn(4, 6), *(torch.randn(n, 6 // n)[rank] for _ in range(BLOCKS))]
-    traced = make_fx(toy)(*args)
+    traced = make_fx(f)(*args)
     want = traced(*args)
     schedule.scheduler(prefetch=prefetch, overlap=overlap)(traced.graph)
     traced.graph.lint()
@@ -41,7 +48,9 @@ def graphs(prefetch, overlap):
         got = traced(*args)
     names = [str(m.target).removeprefix("fds.").removesuffix(".default") for m in traced.graph.nodes]
     same = all(torch.equal(a, b) for a, b in zip(tree.leaves(got), tree.leaves(want), strict=True))
-    return same, [n for n in names if n in ("gather", "scatter", "begin_gather", "begin_scatter", "finish")], wire.bytes
+    after = [len(m.args[2]) for m in traced.graph.nodes if m.target is collectives.FINISH]
+    order = [n for n in names if n in ("gather", "scatter", "begin_gather", "begin_scatter", "finish")]
+    return same, order, wire.bytes, after
 
 
 def test_collectives_begin_and_end_apart_one_site_from_each_other():
@@ -51,9 +60,17 @@ def test_collectives_begin_and_end_apart_one_site_from_each_other():
         (True, False, ["begin_gather"] * 2 + ["finish", "begin_gather"] + ["finish"] * 2 + ["scatter"] * 3 + ["gather"]),
         (False, True, ["gather"] * 3 + ["begin_scatter"] * 2 + ["finish", "begin_scatter"] + ["finish"] * 2 + ["gather"]),
     ):  # fmt: skip
-        for same, order, wire in ranks.run(2, graphs, prefetch, overlap):
+        for same, order, wire, after in ranks.run(2, graphs, prefetch, overlap):
             assert same and order == want
+            assert after == (
+                [1, 1, 0] if prefetch or overlap else []
+            )  # Inductor orders nodes once more: this keeps them
             assert [wire["gather"], wire["scatter"]] == once
+
+
+def test_a_reduction_ends_before_its_result_is_used():
+    for same, order, _, _ in ranks.run(2, graphs, False, True, chained):
+        assert same and order == ["begin_scatter", "finish"] * 2
 
 
 def steps(prefetch, overlap):

@@ -192,12 +192,16 @@ def composed(name):
         "by pattern": lambda: fds.tensor_parallel(tp, {"*.[qkv]_proj": "column", "*.o_proj": "row", "*.gate_proj": "column", "*.up_proj": "column", "*.down_proj": "row"}),
         "head by features": lambda: fds.tensor_parallel(tp, {"lm_head": "row_split", "*.embed_tokens": "embedding_column"}),
         "cast": lambda: fds.chain(fds.tensor_parallel(tp), fds.cast("bfloat16"), fds.checkpoint()),
+        "Conv1D by itself": lambda: fds.tensor_parallel(tp, {"*.c_fc": "column_gather", "*.mlp.c_proj": "row_split"}),
     }[name]()  # fmt: skip
     tolerance = 8 * torch.finfo(torch.bfloat16).eps if name == "cast" else 64 * EPS
-    follows_one_process(zoo.build("llama"), t, fds.losses.causal_lm, zoo.batch("llama"), tolerance=tolerance)
+    family = "gpt2" if name.startswith("Conv1D") else "llama"
+    follows_one_process(zoo.build(family), t, fds.losses.causal_lm, zoo.batch(family), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("name", ["cast", "checkpoint inside", "matmul", "store", "by pattern", "head by features"])
+@pytest.mark.parametrize(
+    "name", ["cast", "checkpoint inside", "matmul", "store", "by pattern", "head by features", "Conv1D by itself"]
+)
 def test_composed(name):
     ranks.run(2, composed, name)
 
@@ -264,6 +268,32 @@ def test_dropout():
         assert mine[0] == others[0] == first[0][0]
         assert all(torch.equal(mine[1][k], others[1][k]) for k in mine[1])
         assert laws.distance(mine[1], first[2][1]) < 64 * EPS
+
+
+class Ones(torch.nn.Module):
+    """One block, whose hidden units are 1 before a dropout; its outputs are the hidden units."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 8, bias=False))])  # fmt: skip
+        for x, value in zip(self.parameters(), (torch.zeros(8, 3), torch.ones(8), torch.eye(8)), strict=True):
+            x.data.copy_(value)
+
+    def forward(self, x):
+        return self.blocks[0](x)
+
+
+def hidden_units():
+    program, params = fds.functionalize(Ones().train(), sites="blocks.*")
+    program = fds.tensor_parallel(axis(), {"blocks.*.0": "column", "blocks.*.2": "row"})(program)
+    return fds.with_seed(program)(torch.tensor(3), program.place(params), torch.zeros(64, 3))
+
+
+def test_ranks_drop_different_units():
+    first, second = ranks.run(2, hidden_units)
+    assert torch.equal(first, second) and set(first.unique().tolist()) == {0.0, 2.0}
+    same = float((first[:, :4] == first[:, 4:]).float().mean())  # of the first rank's units and the second one's
+    assert 0.3 < same < 0.7
 
 
 # --- generation ---
@@ -361,6 +391,39 @@ def test_errors_name_the_fix():
     model = zoo.build("llama")
     model._tp_plan = {"lm_head": "diagonal"}
     refused(r"style 'diagonal' of 'lm_head' in the plan of LlamaForCausalLM is not supported; supported: colwise", fds.tensor_parallel(one), model)  # fmt: skip
+
+
+def test_plans_that_leave_something_split():
+    one = fds.sharding.Axis("tp", 1, 0)
+
+    def plan(**styles):
+        return fds.tensor_parallel(one, {f"*.{k}": v for k, v in styles.items()})
+
+    refused(r"lm_head: its output stays split.* 'row' layer outside of the model's blocks; .*'column_gather'", fds.tensor_parallel(one, {"lm_head": "column"}))  # fmt: skip
+    refused(r"layers.0.fc1: its output stays split.* 'row' layer of model.decoder.layers.0", plan(fc1="column"), zoo.build("opt"))  # fmt: skip
+    refused(r"self_attn.o_proj: its input is whole.* 'column' layer of model.layers.0; .*'row_split'", plan(o_proj="row"))  # fmt: skip
+    refused(r"the plan names no layer", fds.tensor_parallel(one, {}))
+    refused(r"plan=\['a'\], required styles by pattern", lambda p: fds.tensor_parallel(one, ["a"])(p))
+    refused(r"sequence='yes', required True or False", lambda p: fds.tensor_parallel(one, sequence="yes")(p))
+
+
+def split_input(styles):
+    """A call by a plan that is whole for each block, but not for each layer."""
+    program, params = fds.functionalize(zoo.build("llama"))
+    program = fds.tensor_parallel(axis(), {f"*.{k}": v for k, v in styles.items()})(program)
+    with pytest.raises(ValueError) as caught:
+        program(program.place(params), zoo.batch("llama")["input_ids"])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("styles", "words"), [
+    ({"[qkv]_proj": "column", "o_proj": "replicate", "down_proj": "row_split"}, "self_attn.o_proj: its input has 16 features, required 32 (the plan over 2 ranks); what comes before is split"),
+    ({"[qkv]_proj": "column", "o_proj": "row", "down_proj": "row"}, "mlp.down_proj: its input has 64 features, required 32 (the plan over 2 ranks); split what comes before by 'column'"),
+    ({"[qkv]_proj": "column", "o_proj": "column", "down_proj": "row_split"}, "self_attn.o_proj: its input has 16 features, required 32 (the plan over 2 ranks); what comes before is split already"),
+])  # fmt: skip
+def test_a_layer_whose_input_does_not_fit_is_named(styles, words):
+    for said in ranks.run(2, split_input, styles):
+        assert f"tensor_parallel: model.layers.0.{words}" in said
 
 
 def unknown_word():

@@ -420,6 +420,46 @@ def test_bad_arguments(arguments, words):
         zero(*arguments)
 
 
+MESH = fds.sharding.Mesh({"dp": Axis("dp", 1, 0)}, torch.device("cpu"))  # has a size and a rank as an axis has
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: fds.shard(MESH), r"shard: got Mesh\(dp=1\), required an axis of a mesh, as in shard\(mesh\['dp'\]\)"),
+    (lambda: fds.replicate("dp"), r"replicate: got 'dp', required an axis"),
+    (lambda: fds.tensor_parallel(MESH), r"tensor_parallel: got Mesh\(dp=1\), required an axis"),
+    (lambda: fds.replicate(MESH["dp"], reduce="maen"), r"'maen' is unknown; did you mean 'mean'"),
+    (lambda: fds.shard(MESH["dp"], reduce="maen"), r"'maen' is unknown; did you mean 'mean'"),
+    (lambda: fds.shard(MESH["dp"], threshold=1.5), r"threshold=1.5, required a number of elements"),
+    (lambda: fds.shard(MESH["dp"], threshold=-1), r"threshold=-1, required"),
+])  # fmt: skip
+def test_bad_arguments_of_the_parts(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_group_without_leaves_is_refused():
+    program, _ = build()
+    with pytest.raises(
+        ValueError, match=r"shard: group 'low': pattern '\*.bais' matches no leaf; did you mean '\*.bias'"
+    ):
+        fds.shard(MESH["dp"], groups={"low": "*.bais", "rest": "*"})(program)
+    with pytest.raises(ValueError, match=r"group 'low' \(\*.bias\) has no leaf that groups before it do not name"):
+        fds.shard(MESH["dp"], groups={"rest": "*", "low": "*.bias"})(program)
+    with pytest.raises(ValueError, match="group 'low'"):  # frozen leaves have no group
+        fds.shard(MESH["dp"], groups={"low": "*.0.weight", "rest": "*"})(LORA(program))
+
+
+def test_buffers_of_groups_have_names_of_their_own():
+    """A bias of 5 is small for the first shard and not for the second one; the buffer of the one of 7 has 4 elements on a rank, and stays."""
+    program, params = build()
+    groups = {"low": "*.bias", "rest": "*"}
+    shards = (fds.shard(Axis(n, 2, 0), threshold=t, groups=groups) for n, t in (("a", 6), ("b", 5)))
+    stored = fds.chain(*shards)(program).place(params)["blocks.0"]
+    assert set(stored) == {"shard.float32.a.rest", "shard.float32.low", "shard.float32.b.low"}
+    assert torch.equal(stored["shard.float32.low"], params["blocks.0.0.bias"][:4])
+    assert torch.equal(stored["shard.float32.b.low"], params["blocks.0.3.bias"][:3])
+
+
 def test_one_axis_is_reduced_over_once():
     axis = Axis("dp", 2, 0)
     with pytest.raises(ValueError, match="reduced twice"):
