@@ -95,6 +95,9 @@ def test_too_long_is_said_before_any_work():
     ({"enable_cuda_graph": True, "tp": {"tp_size": 2}}, "with tensor_parallel"), ({"enable_cuda_graph": True, "zero": {"stage": 3, "offload_param": {"device": "cpu"}}}, "with zero"),
     ({"min_out_tokens": 9, "max_out_tokens": 8}, "at most max_out_tokens"), ({"tp": {"tp_size": 0}}, "tp_size=0"), ({"dtype": "int8", "quant": {"weight": {"num_bits": 4}}}, "with dtype int8"),
     ({"zero": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme_path"), ({"zero": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}, "pin_memory"),
+    ({"quant": {"enabled": "no"}}, "quant.enabled"), ({"tp": {"enabled": 1}}, "tensor_parallel.enabled"), ({"quant": {"weight": {"num_bits": 8.0}}}, "given 8.0"),
+    ({"dtype": "int8", "quant": {"enabled": False}}, "with dtype int8"), ({"checkpoint": {"type": "ds_model"}}, "a directory of safetensors"), ({"moe_experts": [4]}, "experts"), ({"ep_group": 1}, "expert"),
+    ({"args": {"dtype": "fp32"}}, "keys themselves"), ([1], "required a dictionary"), (5, "required a dictionary"), ("nowhere.json", "nowhere.json"),
     ({"replace_with_kernel_inject": "yes"}, "true or false"), ({"quant": {"weight": {"q_type": "asymmetric"}}}, "symmetric"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(options, words):

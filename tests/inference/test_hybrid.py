@@ -78,6 +78,18 @@ def test_a_switch_is_free_where_nothing_changes():
     assert engine.weights(other) is changed, "written in place: made anew, once"
 
 
+@pytest.mark.parametrize("inner", ["around", "cast"])
+def test_what_is_restricted_and_computes_something_serves_too(inner):
+    """`at` of a wrapper that changes values, or of a cast; of recompute alone nothing is left."""
+    program, params = fds.functionalize(zoo.build("llama"))
+    doubled = fds.around(lambda apply: lambda *a, **k: 2 * apply(*a, **k), name="doubled")
+    train = fds.chain(fds.at("*.mlp" if inner == "around" else "*.mlp.*", {"around": doubled, "cast": fds.cast("bfloat16")}[inner]), fds.at("*.mlp", fds.checkpoint()))(program)  # fmt: skip
+    stored, engine = train.place(params), hybrid(train)
+    got = engine.serve(engine.weights(stored), input_ids=ids()).logits
+    assert torch.equal(got, train(stored, input_ids=ids()).logits) and not torch.equal(got, program(program.place(params), input_ids=ids()).logits)  # fmt: skip
+    assert len(engine.serve.history) == 1 and "checkpoint" not in str(engine.serve.history)
+
+
 def test_sites_are_moved_a_few_at_a_time(monkeypatch):
     train, stored, _, _ = adapted()
     engine = hybrid(train, tp_gather_partition_size=1)
@@ -179,5 +191,14 @@ def test_what_cannot_be_is_refused():
         hybrid(program, other)
     with pytest.raises(ValueError, match="give one of them"):
         hybrid(program, program, inference_tp_size=2)
+    for bad in ({"pin_parameters": "no"}, {"release_inference_cache": 1}, {"fuse": None}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*True or False"):
+            hybrid(program, **bad)
+    with pytest.raises(ValueError, match="required a program"):
+        hybrid(zoo.build("llama"))
+    with pytest.raises(ValueError, match="the engine's own"):
+        engine.generate(stored, ids(), max_new_tokens=2, workspace=Workspace())
+    with pytest.raises(ValueError, match="input_ids is a list"):
+        engine.generate(stored, ids().tolist(), max_new_tokens=2)
     with pytest.raises(ValueError, match="'gather'"):
         engine.measured("gatherr").__enter__()

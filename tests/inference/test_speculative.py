@@ -105,8 +105,34 @@ def test_a_good_draft_saves_steps(monkeypatch):
     assert len(rounds) == 4
 
 
+def short(positions, vocabulary=zoo.VOCABULARY):
+    """A GPT-2 of so many learned positions."""
+    import transformers as tf
+
+    torch.manual_seed(3)
+    config = tf.GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=positions, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    program, params = fds.functionalize(zoo.lively(tf.GPT2LMHeadModel(config).eval()))
+    return program, program.place(params)
+
+
+@pytest.mark.parametrize("draft", ["itself", "text"])
+def test_proposals_behind_the_last_position(draft):
+    """Rows that fill all 32 positions: what is proposed behind them is looked at and not taken, and a row that is whole waits for the others."""
+    (program, stored), (ids, mask) = short(32), prompts()
+    options = dict(max_new_tokens=23, compile=False, details=True)
+    want = fds.generate(program, stored, ids, mask, **options)
+    drafted = Draft(program, stored, tokens=6) if draft == "itself" else Draft(tokens=6)
+    got = fds.generate(program, stored, ids, mask, draft=drafted, **options)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
+
+
 def test_what_cannot_be_is_refused():
     (program, stored), (ids, _) = set_up(), prompts()
+    for draft, words in (
+        (short(128, 50), "knows 50 tokens, the model 97"), (short(16), "16 positions, prompt and max_new_tokens come to 29"), (set_up("t5"), "a model with an encoder"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            fds.generate(program, stored, ids, max_new_tokens=20, draft=Draft(*draft))
     for options in ({"stop_strings": "x", "tokenizer": object()}, {"on_token": print}, {"repetition_penalty": 1.2}):
         with pytest.raises(ValueError, match="token by token"):
             fds.generate(program, stored, ids, max_new_tokens=4, draft=Draft(), **options)
