@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fds import tree
-from fds.compiling import ByShape, Recorded, traced
+from fds.compiling import ByShape, Recorded, again, traced
 from fds.inference import cache as caches
 from fds.inference.cache import CacheConfig
 from fds.inference.decoding import Decoding
@@ -211,16 +211,17 @@ def _cut(prompts: Prompts, slots: int | None, compile: bool) -> Tensor:
 
 
 def _stepped(compiled: ByShape, pure: Callable[..., Carry], weights: tuple[Any, ...], numbers: dict[str, Tensor], compile: bool, record: bool) -> Callable[[Carry], Carry]:  # fmt: skip
-    """From carry to carry: `pure`, or the compiled step, which writes over what it is given. All steps of a call have one graph."""
+    """From carry to carry: `pure`, or the compiled step, which writes over what it is given. All steps of a call have one graph, and the same tensors."""
     if not compile:
         return lambda carry: pure(*weights, carry, numbers)
     run: list[Callable[[], Any]] = []
 
     def step(carry: Carry) -> Carry:
-        if not run:
-            once = partial(compiled.of(*weights[1:], carry, numbers), *weights, carry, numbers)
-            run.append(Recorded(once) if record else once)
-        run[0]()
+        if run:
+            run[0]()
+        else:
+            same = again(partial(compiled, *weights, carry, numbers))
+            run.append(Recorded(same) if record else same)
         return carry
 
     return step
