@@ -132,8 +132,7 @@ def written(config: CacheConfig, layer: Layer, keys: Tensor, values: Tensor, at:
         if table is None:
             place: list[Tensor | None] = [rows, None, at % layer[k].shape[2]]
         else:
-            page = (at // config.page).clamp(max=table.shape[1] - 1)
-            place = [table.gather(1, page), None, at % config.page]
+            place = [table.gather(1, at // config.page), None, at % config.page]
         # Two indices with all heads between them: their dimensions come first, as [rows, new, heads, width].
         out[k] = torch.ops.aten.index_put(layer[k], place, x.transpose(1, 2))
     return out

@@ -26,6 +26,8 @@ def test_a_model_in_text_out():
     assert torch.equal(engine.generate(ids(), max_new_tokens=12, compile=False), plain())
     assert engine.generate(ids(), compile=False).shape[1] == 40
     torch.testing.assert_close(engine(ids()).logits, model.eval()(ids()).logits)
+    dropping = zoo.build("gpt2", training=True)
+    torch.testing.assert_close(fds.init_inference(dropping, dtype="fp32")(ids()).logits, dropping.eval()(ids()).logits)
     assert not engine(ids()).logits.requires_grad and repr(engine).startswith("InferenceEngine(freeze()")
 
 
@@ -111,3 +113,4 @@ def test_settings_from_a_file_and_by_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"dtype": "torch.half", "tp": {"tp_size": 1}}))
     assert InferenceConfig.of(str(tmp_path / "config.json"), max_tokens=9).max_out_tokens == 9
     assert InferenceConfig.of(fds.default_inference_config()) == InferenceConfig()
+    assert InferenceConfig.of(tensor_parallel={"enabled": False, "tp_size": 2}).tp_size == 1

@@ -83,6 +83,9 @@ def test_tokens_as_they_come():
     seen = []
     got = fds.generate(program, stored, ids, mask, max_new_tokens=6, compile=False, on_token=seen.append)
     assert torch.equal(torch.stack(seen, 1), got[:, ids.shape[1] :])
+    seen.clear()
+    got = fds.generate(program, stored, ids, mask, max_new_tokens=6, compile=False, on_token=seen.append, eos_token_id=got[:, -5].tolist())  # fmt: skip
+    assert torch.equal(torch.stack(seen, 1), got[:, ids.shape[1] :]) and len(seen) < 6, "no step behind the last end"
 
 
 def test_repetition_penalty_is_that_of_transformers():
@@ -90,6 +93,18 @@ def test_repetition_penalty_is_that_of_transformers():
     want = theirs(model, ids[:1], torch.ones_like(ids[:1]), 20, repetition_penalty=1.7)
     assert torch.equal(fds.generate(program, stored, ids[:1], max_new_tokens=20, repetition_penalty=1.7, compile=False), want)  # fmt: skip
     assert not torch.equal(want, theirs(model, ids[:1], torch.ones_like(ids[:1]), 20))
+
+
+def test_a_penalty_knows_nothing_of_padding():
+    """Rows of a batch draw what they draw alone: the token that pads is not one that they have had."""
+    program, params = fds.functionalize(zoo.lively(zoo.build("llama")))
+    stored, (ids, mask) = program.place(params), prompts()
+    options = dict(max_new_tokens=16, temperature=1.0, repetition_penalty=4.0, n=8, compile=False)
+    whole = fds.generate(program, stored, ids, mask, **options)[:, ids.shape[1] :]
+    assert (whole == 0).any(), "else it would tell nothing"
+    for i in range(3):
+        own = ids[i : i + 1, mask[i].bool()]
+        assert torch.equal(fds.generate(program, stored, own, **options)[:, own.shape[1] :], whole[8 * i : 8 * i + 8])
 
 
 def test_logprobs_are_the_programs():

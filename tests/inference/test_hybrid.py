@@ -1,5 +1,7 @@
 """The hybrid engine: rollouts of the training weights, free switches where nothing changes, and no bit of the training weights touched."""
 
+import weakref
+
 import pytest
 import ranks
 import torch
@@ -7,7 +9,7 @@ import zoo
 
 import fds
 from fds import tree
-from fds.inference import Workspace, hybrid
+from fds.inference import Hybrid, Workspace, hybrid
 from fds.offload import HostStore
 
 
@@ -72,10 +74,26 @@ def test_a_switch_is_free_where_nothing_changes():
     once = engine.weights(stored)
     assert engine.weights(stored) is once and once[""] is not stored[""]
     other = tree.map(lambda x: x.clone(), stored)
-    assert engine.weights(other) is not once, "other tensors"
+    before = engine.weights(other)
+    assert before is not once, "other tensors"
     next(iter(other["model.layers.0"].values())).add_(1)
     changed = engine.weights(other)
-    assert engine.weights(other) is changed, "written in place: made anew, once"
+    assert changed is not before and engine.weights(other) is changed, "written in place: made anew, once"
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_weights_are_made_once_or_for_each_call(monkeypatch, pin):
+    """And the ones before are gone by then."""
+    train, stored, _, _ = adapted()
+    engine, made, run = hybrid(train, pin_parameters=pin), [], Hybrid._moved
+    monkeypatch.setattr(Hybrid, "_moved", lambda e, s: (made.append([r() for r in old]), run(e, s))[1])
+    old = []
+    for _ in range(2):
+        engine.generate(stored, ids(), max_new_tokens=1, compile=False)
+    assert len(made) == (1 if pin else 2)
+    old = [weakref.ref(x) for part in engine.weights(stored).values() for k, x in part.items() if "q_proj" in k]
+    engine.weights(tree.map(lambda x: x.clone(), stored))
+    assert len(old) == 2 and made[-1] == [None, None]
 
 
 @pytest.mark.parametrize("inner", ["around", "cast"])
@@ -153,11 +171,12 @@ def test_training_and_generating_by_turns():
     engine, texts = hybrid(train), []
     for _ in range(3):
         texts.append(engine.generate(state.params, ids(), max_new_tokens=10, compile=False))
+        engine.generate(state.params, ids(), max_new_tokens=1, compile=False, n=2, temperature=1.0)
         with engine.measured("train"):
             state, _ = step(state, {"input_ids": ids()})
     assert not torch.equal(texts[0], texts[2])
     found = engine.statistics()
-    assert found.samples == 12 and min(found.gather, found.generate, found.train) > 0
+    assert found.samples == 12 + 2 * 12 and min(found.gather, found.generate, found.train) > 0
     assert found.gather + found.generate + found.train <= found.end_to_end
     assert "samples/s" in str(found) and engine.statistics().samples == 0
 
@@ -171,6 +190,9 @@ def test_memory_is_given_back_and_taken_back():
     held = room.nbytes
     assert held > 4 * 64 * 2 * 2 * 2 * 8 * 4 - 1 and room.release() == held and room.nbytes == 0
     assert room.retake() == held and torch.equal(text(program, stored, workspace=room), want)
+    empty = room.take({"x": torch.empty(3, device="meta")})
+    assert room.release() == 12 and room.retake() == 12 and empty["x"].device.type == room._held["x"].device.type
+    assert room.take({"x": torch.ones(3)})["x"].tolist() == [1.0] * 3, "of another device: other buffers"
     for release, kept in ((False, True), (True, False)):
         engine = hybrid(program, release_inference_cache=release)
         engine.generate(stored, ids(), max_new_tokens=10, compile=False)

@@ -5,8 +5,8 @@ import torch
 import zoo
 
 import fds
-from fds.inference import Draft
-from fds.inference.speculative import filtered
+from fds.inference import CacheConfig, Draft
+from fds.inference.speculative import Speculation, filtered
 
 
 def prompts():
@@ -42,7 +42,7 @@ def drafts():
 def test_greedy_text_is_the_same(family, name):
     (program, stored), (ids, mask) = set_up(family), prompts()
     want = fds.generate(program, stored, ids, mask, max_new_tokens=21, compile=False, details=True)
-    for cache in ("static", "sliding"):
+    for cache in ("static", "sliding", CacheConfig("paged", page=8)):
         got = fds.generate(program, stored, ids, mask, max_new_tokens=21, compile=False, details=True, draft=drafts()[name], cache=cache)  # fmt: skip
         assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
         torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-4, atol=1e-5)
@@ -52,7 +52,7 @@ def test_a_row_ends_at_its_end_token():
     (program, stored), (ids, mask) = set_up(), prompts()
     free = fds.generate(program, stored, ids, mask, max_new_tokens=12, compile=False)
     end = int(free[0, ids.shape[1] + 3])
-    options = dict(max_new_tokens=12, compile=False, eos_token_id=end, pad_token_id=0, details=True)
+    options = dict(max_new_tokens=12, compile=False, eos_token_id=end, pad_token_id=5, details=True)
     want = fds.generate(program, stored, ids, mask, **options)
     got = fds.generate(program, stored, ids, mask, draft=drafts()["itself"], **options)
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
@@ -94,10 +94,17 @@ def test_a_row_draws_the_same_in_every_batch():
         assert torch.equal(fds.generate(program, stored, own, **options)[0, own.shape[1] :], whole[i]), i
 
 
+def test_what_the_text_proposes():
+    """What followed the last place with the same two tokens, other than the end itself; where there is none, the last token again."""
+    look = Speculation(None, Draft(tokens=2), None, True)._looked_up
+    text = torch.tensor([[7, 8, 1, 7, 8, 2, 7], [1, 2, 3, 4, 5, 0, 0]])
+    tokens = torch.tensor([[8, 0, 0], [6, 0, 0]])  # the first row goes on with 8, the second, of five tokens, with 6
+    carry = {"text": text, "size": torch.tensor([7, 5]), "tokens": tokens, "length": torch.tensor([1, 1]), "token": tokens[:, 0]}  # fmt: skip
+    assert look({**carry, "text": torch.nn.functional.pad(text, (0, 3))}).tolist() == [[2, 7], [6, 6]]
+
+
 def test_a_good_draft_saves_steps(monkeypatch):
     """The model itself as its draft: five tokens of every step of four proposals."""
-    from fds.inference.speculative import Speculation
-
     rounds, run = [], Speculation.round
     monkeypatch.setattr(Speculation, "round", lambda *a: (rounds.append(1), run(*a))[1])
     (program, stored), (ids, _) = set_up(), prompts()
