@@ -141,13 +141,11 @@ def generate(
     sampling = Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0, repetition_penalty, seed)  # fmt: skip
     for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
         tree.positive(f"generate: {name}", value)
-    for name, value, kind in (
-        ("draft", draft, Draft),
-        ("workspace", workspace, Workspace),
-        ("on_token", on_token, Callable),
-    ):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"generate: {name}={value!r}, required a {kind.__name__}, or None")
+    for name, value, fine, want in (
+        ("draft", draft, isinstance(draft, Draft), "a Draft"), ("workspace", workspace, isinstance(workspace, Workspace), "a Workspace"), ("on_token", on_token, callable(on_token), "a function"),
+    ):  # fmt: skip
+        if value is not None and not fine:
+            raise ValueError(f"generate: {name}={value!r}, required {want}, or None")
     ahead = 1 if draft is None else draft.tokens + 1
     decoding = _decoding(program, CacheConfig.of(cache), ahead)
     _check_samples(n, sampling, decoding, program)
