@@ -52,6 +52,11 @@ def _compiling(f: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def inductor(graph: Any, examples: list[Any]) -> Callable[..., Any]:
+    """A graph of Dynamo's compiled by torch's default backend."""
+    return torch._dynamo.lookup_backend("inductor")(graph, examples)
+
+
 def each_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """The L2 norm of each tensor, in float32, by one kernel for many of them on CUDA."""
     return torch._foreach_norm(tensors, dtype=torch.float32)

@@ -23,7 +23,7 @@ from fds.tree import Params
 
 
 def _tuple(targets: str | Iterable[str]) -> tuple[str, ...]:
-    return (targets,) if isinstance(targets, str) else tuple(targets)
+    return (targets,) if isinstance(targets, str) or not isinstance(targets, Iterable) else tuple(targets)
 
 
 @attrs.frozen
@@ -70,6 +70,8 @@ def adapting(
     name: str, settings: Lora, options: Mapping[str, Any], lens: Callable[[Program], Lens], beside: Callable[[str, bool], Wrap] | None = None,
 ) -> Adapting:  # fmt: skip
     """The transformation `name`: one to a program, before anything that splits or joins leaves; targets are checked."""
+    if not settings.targets or not all(isinstance(x, str) for x in settings.targets):
+        raise ValueError(f"{name}: targets={settings.printed!r}, required a pattern or several, as '*.q_proj'")
     return Adapting(
         name, tuple(options.items()), lens=lens, provides=frozenset([name]), conflicts=frozenset(["flat", name, "tensor", "whole"]),
         check=partial(check_targets, name, settings), settings=settings, beside=beside,
@@ -105,11 +107,14 @@ def lora(
     Law: ``restore(place(p)) == p``, as B starts at zero; `restore` of trained parameters gives the fused weights.
     Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732; Liu et al. 2024, arXiv:2402.09353.
     """
+    tree.positive("lora: rank", rank)
+    for name, value, fine, want in (
+        ("alpha", rank if alpha is None else alpha, math.isfinite, "finite"),
+        ("dropout", dropout, lambda p: 0.0 <= p < 1.0, "0 <= dropout < 1"),
+    ):  # fmt: skip
+        if not isinstance(value, int | float) or not fine(value):
+            raise ValueError(f"lora: {name}={value!r}, required a number, {want}")
     settings = Lora(rank, float(rank if alpha is None else alpha), targets, dropout, rslora, seed, dora)
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"lora: rank={rank!r}, required a whole number >= 1")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"lora: dropout={dropout!r}, required 0 <= dropout < 1")
     options: dict[str, Any] = {"rank": rank, "targets": settings.printed, "alpha": settings.alpha}
     more = (("dropout", dropout), ("rslora", rslora), ("dora", dora), ("seed", seed))
     options |= {k: v for k, v in more if v}

@@ -155,7 +155,8 @@ def _converted(x: Any, source: torch.dtype, target: torch.dtype) -> Any:
 
 
 def few_rows(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`, to be compiled, with its products of few rows by whole weights, as decoding has them, as sums that the compiler writes itself.
+    """`f`, to be compiled, with its products of few rows by whole weights, and its attention of few queries, as decoding has them, as sums that the
+    compiler writes itself.
 
     A matrix library packs and blocks for reuse that is not there: on two cores oneDNN and MKL read weights at 16 to 27 GB/s, the generated loop at 33
     to 37 of the 40 that the memory gives (bfloat16, weights of 768 x 768 to 32000 x 768). Accelerators have kernels of their own.
@@ -170,15 +171,38 @@ def few_rows(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FewRows(TorchDispatchMode):
-    """Writes products of up to `_FEW` rows on a CPU as sums over float32 products, rounded once."""
+    """Writes products of up to `_FEW` rows on a CPU, and attention of as many queries, as sums over float32 products, rounded once.
+
+    torch's kernel for attention works by blocks of queries, and takes keys and values repeated for all heads: a copy for each token.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ATTENTION and _few_queries(*args):
+            return _attended(*args[:3], **(kwargs or {}))
         if func not in _PLAIN or kwargs or not _reads_weights(*args[-2:]):
             return func(*args, **(kwargs or {}))
         a, b = (x.float() for x in args[-2:])
         # [n, m, k], so that a row of the weight is in the cache for all rows of `a`; else the weight is read along its columns.
         out = (b.t()[:, None] * a).sum(-1).t() if b.stride(0) == 1 else (a[:, :, None] * b).sum(1)
         return (out if func is _PLAIN[0] else out + args[0]).to(args[-1].dtype)
+
+
+def _few_queries(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False) -> bool:
+    few: Any = q.shape[2]
+    return q.device.type == "cpu" and q.dtype in _NARROW and not dropout and not causal and isinstance(few, int) and few <= _FEW  # fmt: skip
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """softmax(scale q k^T + mask) v and the logsumexp of every row: q [rows, heads, few, width], k and v [rows, heads, slots, width]."""
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    # As a view by strides it is written down; else the compiler turns queries by their positions anew for every key.
+    q = q.contiguous()
+    q = q.as_strided(q.shape, q.stride())
+    x = (q.float()[:, :, :, None] * k.float()[:, :, None]).sum(-1) * factor
+    if attn_mask is not None:
+        x = x + attn_mask  # additive: the kernel takes no other
+    p = x.softmax(-1)
+    return (p[..., None] * v.float()[:, :, None]).sum(-2).to(q.dtype), x.logsumexp(-1)
 
 
 def _reads_weights(a: Tensor, b: Tensor) -> bool:

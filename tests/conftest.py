@@ -9,6 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 
+# Before pytest imports `fds/lora.py` for its doctests, and puts that module in the place of the function `fds.lora`.
+import fds  # noqa: F401
+
 # One thread: with several, the scatter-adds of some backwards (Mixtral's experts) sum in another order every time, and the bitwise laws compare two runs.
 torch.set_num_threads(1)
 

@@ -1,11 +1,12 @@
 """Compiled functions that are called again and again: a graph for each set of shapes, and recorded steps."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
-from fds.compiling import ByShape, Recorded, traced
+from fds.compiling import ByShape, Recorded, again, traced
 
 
 def test_more_shapes_than_dynamo_allows():
@@ -38,6 +39,23 @@ def test_what_is_traced_knows_that_it_is_compiled():
     torch.compile(f, fullgraph=True, backend="aot_eager")(torch.ones(2))
     assert len(told) > 1 and all(told[1:])
     assert not torch.compiler.is_compiling()
+
+
+def test_a_call_again_is_the_graph_alone_with_the_same_tensors():
+    """Values are read anew, nothing is looked at by Dynamo, and what calls no graph is called as it is."""
+
+    def added(weight, total):
+        total.add_(weight)
+        return total
+
+    weight, total, by_shape, called = torch.tensor(2.0), torch.zeros(3), ByShape(added), []
+    same = again(lambda: (called.append(1), by_shape(weight, total)))
+    assert total.tolist() == [2.0] * 3
+    weight.fill_(5.0)
+    same()
+    assert total.tolist() == [7.0] * 3 and called == [1]
+    eager = partial(added, weight, total)
+    assert again(eager) is eager and total.tolist() == [12.0] * 3
 
 
 def test_a_step_runs_once_is_recorded_once_and_is_played_from_then_on(monkeypatch):

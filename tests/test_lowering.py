@@ -140,3 +140,39 @@ def test_an_eager_train_step_is_lowered_and_a_program_by_itself_is_not(monkeypat
     step = fds.train_step(program, fds.optim.sgd(0.1), loss=lambda p, s, b: p(s, b["x"]).float().square().mean())
     step(step.init(params), batch)
     assert len(seen) == 2, "forward and the weight's gradient"
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("along", ["rows", "columns"])
+def test_products_of_few_rows_are_float32_sums_rounded_once(rows, along):
+    """By weights in either order, with a bias and without; more rows, and small weights, stay with the library."""
+    x, w, bias = drawn(rows, 128), drawn(160, 128, seed=1), drawn(160, seed=2)
+    w = w if along == "rows" else w.t().contiguous().t()
+    with lowering.FewRows():
+        got, biased = F.linear(x, w), F.linear(x, w, bias)
+        many, small = F.linear(x.repeat(5, 1), w), F.linear(x[:, :8], w[:8, :8])
+    torch.testing.assert_close(got, (x.float() @ w.float().t()).to(LOW), rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(biased, (x.float() @ w.float().t() + bias).to(LOW), rtol=2**-7, atol=1e-3)
+    assert torch.equal(many, F.linear(x.repeat(5, 1), w)) and torch.equal(small, F.linear(x[:, :8], w[:8, :8]))
+    calls = make_fx(lambda x, w: lowering.few_rows(F.linear)(x, w))(x, w).code
+    assert "mm" not in calls and "sum" in calls
+
+
+@pytest.mark.parametrize("few", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"masked": True}])
+def test_attention_of_few_queries_is_a_float32_sum(few, options):
+    """In float64 for comparison; nearer to it than torch's kernel, which rounds weights to bfloat16."""
+    q, k, v = drawn(2, 4, few, 32), drawn(2, 4, 40, 32, seed=1), drawn(2, 4, 40, 32, seed=2)
+    mask = torch.rand(2, 1, few, 40, generator=torch.Generator().manual_seed(3)) < 0.4
+    mask[..., 0] = True
+    more = {"attn_mask": mask if options.get("masked") else None, "scale": options.get("scale")}
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **more)
+    kernel = F.scaled_dot_product_attention(q, k, v, **more)
+    with torch.no_grad(), lowering.FewRows():
+        got = F.scaled_dot_product_attention(q, k, v, **more)
+        long, causal = F.scaled_dot_product_attention(k, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.equal(got, want.to(LOW)) or (got - want).abs().max() <= (kernel - want).abs().max()
+    assert torch.equal(long, F.scaled_dot_product_attention(k, k, v))
+    assert torch.equal(causal, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    code = make_fx(lambda *t: lowering.few_rows(F.scaled_dot_product_attention)(*t))(q, k, v).code
+    assert "flash" not in code and got.dtype == LOW

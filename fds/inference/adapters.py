@@ -7,6 +7,8 @@ g is 1, but for DoRA m / |W + s B A|, a number for each output: adapters of both
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from math import isfinite
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,7 @@ def adapters(count: int, *, rank: int, targets: str | Iterable[str], rows: int =
     Raises `ValueError` for a number below 1, and for a target that names no linear layer.
     """
     for name, value in (("count", count), ("rank", rank), ("rows", rows)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"adapters: {name}={value!r}, required a whole number >= 1")
+        tree.positive(f"adapters: {name}", value)
     settings = Lora(rank, float(rank), targets)
     options = {"count": count, "rank": rank, "targets": settings.printed, "rows": rows}
     return adapting("adapters", settings, options, partial(_lens, settings, count, rows), _beside)
@@ -109,9 +110,14 @@ def choose(program: Program, stored: Stored, index: Sequence[int] | Tensor) -> S
     Raises `ValueError` for a program without `adapters`, more rows than it has room for, and an adapter that it has not.
     """
     options = _options(program)
-    given = torch.as_tensor(index, dtype=torch.int64)
-    if given.dim() != 1 or len(given) > options["rows"]:
-        raise ValueError(f"choose: {tuple(given.shape)} for {options['rows']} rows; raise rows= of adapters(...)")
+    numbers: list[Any] = index.tolist() if isinstance(index, Tensor) else list(index)
+    if not all(isinstance(x, Integral) and not isinstance(x, bool) for x in numbers):
+        raise ValueError(
+            f"choose: index={index!r}, required whole numbers, one for each row: an adapter, or -1 for none"
+        )
+    given = torch.tensor(numbers, dtype=torch.int64)
+    if len(given) > options["rows"]:
+        raise ValueError(f"choose: {len(given)} rows, this program has room for {options['rows']}; raise rows= of adapters(...)")  # fmt: skip
     if len(given) and (int(given.min()) < NONE or int(given.max()) >= options["count"]):
         raise ValueError(f"choose: adapters {int(given.min())} to {int(given.max())}, this program has 0 to {options['count'] - 1}, and -1 for none")  # fmt: skip
     rows = F.pad(given, (0, options["rows"] - len(given)), value=NONE)
@@ -121,25 +127,38 @@ def choose(program: Program, stored: Stored, index: Sequence[int] | Tensor) -> S
 def load_adapter(program: Program, stored: Stored, slot: int, directory: Directory) -> Stored:
     """`stored` with the adapter of a PEFT directory in a slot. `stored` is not written.
 
-    Its own rank (up to the program's; the rest is zero), alpha, rsLoRA and DoRA. Raises `ValueError` for per-module ranks, a larger rank, modules that the program
-    has no adapters for, a slot that it has not, and files that cannot be read.
+    Its own rank (up to the program's; the rest is zero), alpha, rsLoRA and DoRA. Raises `ValueError` for what is no LoRA, per-module ranks, a larger rank, modules that the
+    program has no adapters for, tensors of other shapes, a slot that it has not, and files that cannot be read.
     """
     options, folder = _options(program), Path(directory)
-    if not 0 <= slot < options["count"]:
-        raise ValueError(f"load_adapter: slot {slot}, this program has 0 to {options['count'] - 1}")
-    config = read_json(folder / "adapter_config.json")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise ValueError(f"{folder}/adapter_config.json: {key}={config[key]!r} cannot be served beside others; fuse this adapter into weights of its own")  # fmt: skip
-    settings = Lora(config["r"], float(config["lora_alpha"]), (), rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")))  # fmt: skip
+    if type(slot) is not int or not 0 <= slot < options["count"]:
+        raise ValueError(f"load_adapter: slot {slot!r}, this program has 0 to {options['count'] - 1}")
+    settings = _settings(folder / "adapter_config.json")
     if settings.rank > options["rank"]:
         raise ValueError(f"{folder}/adapter_config.json: r is {settings.rank}, the program's adapters(rank={options['rank']}); raise it")  # fmt: skip
     found = {k.removeprefix("base_model.model."): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}  # fmt: skip
+    if not found:
+        raise ValueError(f"{folder}/adapter_model.safetensors: no tensors in it, and so no adapter")
     known = _known(program, settings.dora)
     for k in found:
         if k not in known:
             raise ValueError(f"{folder}: {k!r} is not adapted in this program; {tree.suggest(k, known)}; check adapters(targets=...)")  # fmt: skip
     return {s: part | _slot(program.sites[s], part, slot, settings, found, folder) for s, part in stored.items()}
+
+
+def _settings(path: Path) -> Lora:
+    """What a PEFT file says of an adapter."""
+    config = read_json(path)
+    for key, fine, want in (
+        ("peft_type", lambda v: v in (None, "LORA"), "'LORA'"),
+        ("r", lambda v: type(v) is int and v > 0, "a whole number >= 1"),
+        ("lora_alpha", lambda v: isinstance(v, int | float) and isfinite(v), "a number"),
+        ("bias", lambda v: v in (None, "none"), "'none', as biases that were trained are not read"),
+        *((key, lambda v: not v, "none: it cannot be served beside others; fuse this adapter into weights of its own") for key in ("rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")),
+    ):  # fmt: skip
+        if not fine(config.get(key)):
+            raise ValueError(f"{path}: {key}={config.get(key)!r}, required {want}")
+    return Lora(config["r"], float(config["lora_alpha"]), (), rslora=bool(config.get("use_rslora")), dora=bool(config.get("use_dora")))  # fmt: skip
 
 
 def _weights(p: Program) -> list[str]:
@@ -162,6 +181,10 @@ def _slot(p: Program, part: Params, slot: int, settings: Lora, found: Params, fo
         if here and len(here) < len(given):
             missing = names_in_files(weight, settings.dora)[given.index(None)]
             raise ValueError(f"{folder}: adapter leaf {missing!r} is missing; the file is not whole")
+        (_, width), (features, _) = (part[n][slot].shape for n in (a, b))
+        for n, x, want in zip(names_in_files(weight, settings.dora), here, ((settings.rank, width), (features, settings.rank), (features,)), strict=False):  # fmt: skip
+            if tuple(x.shape) != want:
+                raise ValueError(f"{folder}: {n!r} is {tuple(x.shape)}, required {want}; was it trained on this model, with r={settings.rank}?")  # fmt: skip
         gain = torch.ones_like(part[gains][slot])
         if here and settings.dora:
             whole = p.before("adapters", part)[1][weight]
@@ -182,9 +205,18 @@ def _padded(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _options(program: Program) -> dict[str, Any]:
-    for t in program.history:
-        if t.name == "adapters":
-            return dict(t.options)
+    for i, t in enumerate(program.history):
+        if t.name != "adapters":
+            continue
+        weights = [w for p in program.sites.values() for w in _weights(p)]
+        if not weights or any(
+            n not in p.spec or p.spec[n].dim() != 3
+            for p in program.sites.values()
+            for w in _weights(p)
+            for n in adapter_names(w)
+        ):
+            raise ValueError(f"adapters: {program.history[i + 1 :]!r} behind adapters(...) store them in another form; choose and load before these, by a program without them")  # fmt: skip
+        return dict(t.options)
     raise ValueError(f"no transformation 'adapters' in this program; {tree.suggest('adapters', {t.name for t in program.history})}")  # fmt: skip
 
 

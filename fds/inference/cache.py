@@ -49,7 +49,7 @@ class CacheConfig:
             raise ValueError(f"cache: kind {self.kind!r} is unknown; {tree.suggest(str(self.kind), KINDS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"cache: dtype {self.dtype!r}, allowed None (the model's) or 'int8'")
-        if self.page < 8 or self.page % 8:
+        if type(self.page) is not int or self.page < 8 or self.page % 8:
             raise ValueError(f"cache: page={self.page!r}, required a multiple of 8")
 
     @classmethod
@@ -132,8 +132,7 @@ def written(config: CacheConfig, layer: Layer, keys: Tensor, values: Tensor, at:
         if table is None:
             place: list[Tensor | None] = [rows, None, at % layer[k].shape[2]]
         else:
-            page = (at // config.page).clamp(max=table.shape[1] - 1)
-            place = [table.gather(1, page), None, at % config.page]
+            place = [table.gather(1, at // config.page), None, at % config.page]
         # Two indices with all heads between them: their dimensions come first, as [rows, new, heads, width].
         out[k] = torch.ops.aten.index_put(layer[k], place, x.transpose(1, 2))
     return out
@@ -175,10 +174,11 @@ def repeated(cache: Cache, n: int) -> Cache:
     return tree.map(lambda x: x.repeat_interleave(n, 0), cache)
 
 
-def grown(cache: Cache, slots: int) -> Cache:
-    """The same cache with room for more positions: a static one. `ValueError` for a layer whose slots are a window, and for a paged one."""
-    if cache.get("pages") is not None:
-        raise ValueError("cache: a paged cache does not grow by slots; make it for the lengths that rows may come to")
+def grown(config: CacheConfig, cache: Cache, slots: int) -> Cache:
+    """The same cache with room for more positions: a static one. `ValueError` for other kinds, and for fewer positions."""
+    if config.kind != "static":
+        why = {"sliding": "slots of a window are written in turn", "paged": "pages are dealt out for the lengths that rows may come to"}[config.kind]  # fmt: skip
+        raise ValueError(f"cache: a {config.kind} cache does not grow: {why}; use kind='static', or make it for more")
     sizes = {x["keys"].shape[2] for x in cache["layers"]}
     if len(sizes) > 1 or slots < min(sizes):
         raise ValueError(f"cache: layers of {sorted(sizes)} slots to {slots}; required one size, and no smaller one")

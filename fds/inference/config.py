@@ -1,6 +1,5 @@
 """The settings of `init_inference`: DeepSpeed's names and defaults, strict. A key that nothing would come of is an error, not silence."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,14 @@ import attrs
 import torch
 
 from fds import tree
+from fds.files import read_json
 
 _DTYPES = {
     **dict.fromkeys(("fp16", "float16", "half"), torch.float16), **dict.fromkeys(("fp32", "float32", "float"), torch.float32),
     **dict.fromkeys(("bf16", "bfloat16", "bfloat"), torch.bfloat16), "int8": torch.int8,
 }  # fmt: skip
 _ALIASES = {"kernel_inject": "replace_with_kernel_inject", "tp": "tensor_parallel", "max_tokens": "max_out_tokens", "min_tokens": "min_out_tokens", "tm": "triangular_masking",
-            "ckpt_config": "checkpoint_config", "injection_dict": "injection_policy"}  # fmt: skip
+            "ckpt_config": "checkpoint_config", "injection_dict": "injection_policy", "args": "config"}  # fmt: skip
 # What is known, may be given with its default, and is nothing here; with the reason.
 _NOTHING: dict[str, tuple[Any, str]] = {
     "use_triton": (False, "operators choose their Triton kernels by device; leave it out"),
@@ -34,6 +34,11 @@ _NOTHING: dict[str, tuple[Any, str]] = {
     "injection_policy_tuple": (None, "see injection_policy"),
     "transposed_mode": (False, "weights stay as the model has them"),
     "ep_size": (1, "expert parallelism is not there yet"),
+    "ep_group": (None, "expert parallelism is not there yet"),
+    "ep_mp_group": (None, "expert parallelism is not there yet"),
+    "moe_experts": ([1], "experts are the model's own modules; leave it out"),
+    "moe_type": ("standard", "experts are the model's own modules; leave it out"),
+    "config": (None, "give its keys themselves"),
     "mpu": (None, "give tensor_parallel={'tp_size': n}; meshes are torch's"),
 }  # fmt: skip
 
@@ -61,7 +66,7 @@ class InferenceConfig:
     replace_with_kernel_inject: bool = False
     enable_cuda_graph: bool = False
     quant: Mapping[str, Any] = {}
-    checkpoint: str | None = None
+    checkpoint: str | Path | None = None
     zero: Mapping[str, Any] = {}
 
     def __attrs_post_init__(self) -> None:
@@ -72,15 +77,22 @@ class InferenceConfig:
         for name in ("replace_with_kernel_inject", "enable_cuda_graph"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: given {getattr(self, name)!r}, required true or false")
+        if not isinstance(self.checkpoint, str | Path | None):
+            raise ValueError(f"checkpoint: given {self.checkpoint!r}, required a directory of safetensors")
         _known("tensor_parallel", self.tensor_parallel, {"enabled": True, "tp_size": 1, "plan": None})
         tree.positive("tensor_parallel.tp_size", self.tensor_parallel.get("tp_size", 1))
         _known("quant", self.quant, {"enabled": True, "weight": {}})
         _known("quant.weight", self.quant.get("weight", {}), {"enabled": True, "num_bits": 8, "q_type": "symmetric"})
+        for name, given in (("tensor_parallel", self.tensor_parallel), ("quant", self.quant), ("quant.weight", self.quant.get("weight", {}))):  # fmt: skip
+            if type(on := given.get("enabled", True)) is not bool:
+                raise ValueError(f"{name}.enabled: given {on!r}, required true or false")
         _known("zero", self.zero, {"stage": 0, "offload_param": None})
-        if (bits := self.bits) not in (None, 4, 8):
+        if (bits := self.bits) is not None and (type(bits) is not int or bits not in (4, 8)):
             raise ValueError(f"quant.weight.num_bits: given {bits!r}, allowed 4 or 8")
-        if self.dtype == torch.int8 and bits != 8:
-            raise ValueError(f"quant.weight.num_bits: given {bits!r} with dtype int8; leave one of them out")
+        if self.dtype == torch.int8 and (bits != 8 or not self._quantized(self.quant)):
+            raise ValueError(
+                f"quant: given {dict(self.quant)!r} with dtype int8, which is 8 bits; leave one of them out"
+            )
         if (kind := self.quant.get("weight", {}).get("q_type", "symmetric")) != "symmetric":
             raise ValueError(f"quant.weight.q_type: given {kind!r}, allowed 'symmetric'")
         if self.zero and (self.zero.get("stage") != 3 or not self.zero.get("offload_param")):
@@ -112,10 +124,14 @@ class InferenceConfig:
     @property
     def bits(self) -> int | None:
         """Of stored weights; None: those of `dtype`."""
-        weight = self.quant.get("weight", {})
-        if self.quant and self.quant.get("enabled", True) and weight.get("enabled", True):
-            return weight.get("num_bits", 8)
+        if self.quant and self._quantized(self.quant):
+            return self.quant.get("weight", {}).get("num_bits", 8)
         return 8 if self.dtype == torch.int8 else None
+
+    @staticmethod
+    def _quantized(quant: Mapping[str, Any]) -> bool:
+        """Unless it is switched off."""
+        return quant.get("enabled", True) and quant.get("weight", {}).get("enabled", True)
 
     @classmethod
     def of(cls, config: Any = None, **options: Any) -> "InferenceConfig":
@@ -127,9 +143,9 @@ class InferenceConfig:
         True
         """
         given: dict[str, Any] = {}
-        read: dict[str, Any] = (
-            json.loads(Path(config).read_text()) if isinstance(config, str | Path) else dict(config or {})
-        )
+        read: Any = read_json(Path(config)) if isinstance(config, str | Path) else {} if config is None else config
+        if not tree.is_mapping(read):
+            raise ValueError(f"init_inference: config is {read!r}, required a dictionary, or the path of a JSON file with one")  # fmt: skip
         for key, value in [*read.items(), *options.items()]:
             name = "tensor_parallel" if key == "mp_size" else _ALIASES.get(key, key)
             value = {"tp_size": value} if key == "mp_size" else value

@@ -43,6 +43,8 @@ class Family:
     turned: bool  # newest token in the last slot
     positions: bool  # the model takes position_ids
     encoder: bool  # a decoder behind an encoder
+    vocabulary: int
+    limit: int | None  # positions
 
     @property
     def together(self) -> str:
@@ -85,6 +87,8 @@ def family(module: Any) -> Family:
         turned=text.model_type == "gpt_neo",
         positions="position_ids" in takes,
         encoder=encoder,
+        vocabulary=text.vocab_size,
+        limit=getattr(text, "max_position_embeddings", None),
     )
 
 
@@ -128,16 +132,24 @@ class Decoding:
 
         `tokens` int64 [rows, prompt], padded behind; `lengths` int64 [rows]. `paged`: table and number of pages of a paged cache (`cache.tables`).
         `begin` int64 [rows, first]: for a model with an encoder, what its decoder begins with; the logits are behind that, and so are the slots.
+
+        Raises `ValueError` for lengths of other rows, more tokens than slots, and a table that is missing or not asked for.
         """
         if (begin is not None) != self.family.encoder:
             raise ValueError(
                 "prefill: begin= is what a decoder behind an encoder begins with, for such models and no others"
             )
+        if lengths.shape != tokens.shape[:1]:
+            raise ValueError(f"prefill: lengths {tuple(lengths.shape)}, required ({len(tokens)},) as tokens have rows")
+        if bool(paged) != (self.config.kind == "paged"):
+            raise ValueError(f"prefill: paged= {'is' if paged else 'is not'} given for a {self.config.kind} cache; it is what cache.tables(config, lengths, slots) gives for this kind")  # fmt: skip
         across, own = None, lengths
         if begin is not None:
             across, tokens = self._across(tokens, lengths, None), begin
             own = torch.full_like(lengths, begin.shape[1])
         (rows, count), (table, pages) = tokens.shape, paged or (None, 0)
+        if count > slots:
+            raise ValueError(f"prefill: {count} tokens, and slots for {slots}; give more slots, or fewer tokens")
         at = torch.arange(count, device=tokens.device).expand(rows, count)
         held = self._held(self.family.windows, slots, own, table, pages)
         out = self._call(stored, tokens, at, held, lambda window, layer: caches.mask(count, at, window), across)
@@ -145,8 +157,15 @@ class Decoding:
         return out.gather(1, last)[:, 0].float(), _tree(held, own, table, across)
 
     def step(self, stored: Any, cache: Cache, tokens: Tensor) -> tuple[Tensor, Cache]:
-        """Logits float32 [rows, new, vocabulary] behind each of the next tokens int64 [rows, new], and the cache with them."""
+        """Logits float32 [rows, new, vocabulary] behind each of the next tokens int64 [rows, new], and the cache with them.
+
+        How long rows are is data, so it is the caller's to stop before slots are full: what comes then is written over the oldest.
+
+        Raises `ValueError` for the cache of another batch, or of another model.
+        """
         lengths, table = cache["lengths"], cache.get("pages")
+        if len(tokens) != len(lengths) or len(cache["layers"]) != len(self.family.windows):
+            raise ValueError(f"decode: a cache of {len(lengths)} rows and {len(cache['layers'])} layers, required {len(tokens)} rows as tokens have, {len(self.family.windows)} layers as the model has; use the cache that came out of this batch's prefill")  # fmt: skip
         at = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         if tokens.shape[1] > 1 and self.family.flat:
             raise ValueError("decode: a model with ALiBi takes one token at a time")
@@ -175,6 +194,8 @@ class Decoding:
             inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": given, "past_key_values": held}
         else:
             inputs = {"decoder_input_ids": tokens, "decoder_attention_mask": given, **across.inputs(held)}
+        if f.limit is not None and self.ahead > 1:
+            at = at.clamp(max=f.limit - 1)  # proposals behind the last token that there is room for, which nobody takes
         extra = {"position_ids": at} if f.positions else {}
         with torch.no_grad():
             out = self.program(stored, **inputs, use_cache=True, **extra)

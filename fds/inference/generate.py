@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
-import attrs
 import torch
 from torch import Tensor
 
 from fds import tree
-from fds.compiling import ByShape, Recorded, traced
+from fds.compiling import ByShape, Recorded, again, traced
 from fds.inference import cache as caches
 from fds.inference.cache import CacheConfig
 from fds.inference.decoding import Decoding
-from fds.inference.prompts import Prompts, checked
+from fds.inference.prompts import Prompts, checked, endings, refuse_unknown
+from fds.inference.sampling import Sampling
 from fds.inference.speculative import Draft, Speculation, prepared
 from fds.inference.workspace import Workspace
 from fds.lowering import few_rows
@@ -22,47 +23,6 @@ from fds.program import Program
 _ROOM = 64  # caches and compiled prompts grow in steps of this many tokens, so that nearby lengths share graphs
 _PAGES = 16  # and stores of pages in steps of as many pages
 _EVERY = 16  # tokens from one look at what is still running to the next, where looking means waiting
-
-
-@attrs.frozen
-class Sampling:
-    """How tokens are chosen from logits. In this order: repetition penalty, temperature, top-k, top-p, min-p.
-
-    temperature: 0 is greedy. top_k: 0 is no limit. top_p, min_p: see `fds.kernels.sample`.
-    repetition_penalty: logits of tokens that a row has had are divided by it where positive, multiplied where negative (Keskar et al. 2019,
-    arXiv:1909.05858). 1: none.
-
-    Raises `ValueError` for a number out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __attrs_post_init__(self) -> None:
-        for name, value, fine, want in (
-            ("temperature", self.temperature, 0.0 <= self.temperature < float("inf"), ">= 0 and finite (0 is greedy)"),
-            ("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 or None is no limit)"),
-            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "0 < top_p <= 1"),
-            ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 <= min_p <= 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0.0, "> 0"),
-        ):  # fmt: skip
-            if not fine:
-                raise ValueError(f"generate: {name}={value!r}, required {want}")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def penalised(self) -> bool:
-        return self.repetition_penalty != 1.0
-
-    def numbers(self, device: torch.device) -> dict[str, Tensor]:
-        """0-D tensors: other numbers are other data, not another graph."""
-        return {k: torch.tensor(v, device=device) for k, v in attrs.asdict(self).items()}
 
 
 Carry = dict[str, Any]
@@ -143,7 +103,7 @@ def generate(
     top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
     stop_strings: str | Sequence[str] | None = None, tokenizer: Any = None, n: int = 1, seed: int = 0, cache: CacheConfig | str = "static", compile: bool = True,
     on_token: Callable[[Tensor], Any] | None = None, details: bool = False, workspace: Workspace | None = None, draft: Draft | None = None,
-    decoder_input_ids: Tensor | None = None, cuda_graph: bool = False,
+    decoder_input_ids: Tensor | None = None, cuda_graph: bool = False, **unknown: Any,
 ) -> Any:  # fmt: skip
     """Continue prompts: int64 [rows, prompt] -> [rows n, prompt + new], new <= `max_new_tokens`; or a `Generated`.
 
@@ -157,7 +117,7 @@ def generate(
 
     Args:
         attention_mask: [rows, prompt], 0 for padding, which may be on the left or on the right.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Limits without a temperature are refused: nothing is drawn.
         eos_token_id: ends a row; one, or several. The rest of the row is `pad_token_id` (default: the first of them).
         stop_strings: end a row as well, as soon as its new text has one of them; needs the `tokenizer`. Looked for after every token, so the
             host waits for each.
@@ -174,22 +134,27 @@ def generate(
 
     Raises:
         ValueError: a model without a cache, an empty prompt, tokens outside of the vocabulary, padding in the middle, a length beyond the
-            model's positions, an argument out of its range, `cuda_graph` without CUDA or without `compile`.
+            model's positions, an argument out of its range, one that would do nothing beside the others, `cuda_graph` without CUDA or
+            without `compile`, a draft of another vocabulary; and what transformers' ``generate`` takes and this one does not, with its name here.
     """
-    sampling = Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0, repetition_penalty)
-    ahead = 1 if draft is None else draft.tokens + 1
-    decoding = _decoding(program, CacheConfig.of(cache), ahead)
-    _check_draft(draft, decoding, sampling, stop_strings, on_token)
-    if n > 1 and any(t.name == "adapters" for t in program.history):
-        raise ValueError(
-            "generate: n > 1 with adapters(...), which are chosen row by row; repeat the prompts, and choose for each"
-        )
+    refuse_unknown(unknown, _OPTIONS)
+    sampling = Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0, repetition_penalty, seed)  # fmt: skip
     for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
         tree.positive(f"generate: {name}", value)
+    for name, value, fine, want in (
+        ("draft", draft, isinstance(draft, Draft), "a Draft"), ("workspace", workspace, isinstance(workspace, Workspace), "a Workspace"), ("on_token", on_token, callable(on_token), "a function"),
+    ):  # fmt: skip
+        if value is not None and not fine:
+            raise ValueError(f"generate: {name}={value!r}, required {want}, or None")
+    ahead = 1 if draft is None else draft.tokens + 1
+    decoding = _decoding(program, CacheConfig.of(cache), ahead)
+    _check_samples(n, sampling, decoding, program)
     if cuda_graph:
         _check_recordable(program, input_ids, compile)
     prompts = checked(program.origin.core, decoding.family.encoder, input_ids, attention_mask, decoder_input_ids, max_new_tokens)  # fmt: skip
-    ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if draft is not None:
+        _check_draft(draft, decoding, sampling, stop_strings, on_token, int(prompts.lengths.max()) + max_new_tokens)
+    ends, pad = endings(eos_token_id, pad_token_id, prompts.vocabulary)
     stops = _stops(stop_strings, tokenizer)
     lengths = prompts.text[1]
     slots = _rounded(int(lengths.max()) + max_new_tokens + ahead - 1)
@@ -202,16 +167,16 @@ def generate(
     logits, held = (loop.prompt if compile else decoding.prefill)(stored, tokens, prompts.lengths, slots, paged, *begin)
     carry = _carry(logits, held, prompts, max_new_tokens + ahead - 1, n, sampling)
     numbers = sampling.numbers(tokens.device) | {
-        "seed": torch.tensor(seed, device=tokens.device),
-        "pad": torch.tensor(pad_token_id if pad_token_id is not None else (ends or [0])[0], device=tokens.device),
+        "pad": torch.tensor(pad, device=tokens.device),
         "ends": torch.tensor(ends, dtype=torch.int64, device=tokens.device),
+        "most": torch.tensor(max_new_tokens, device=tokens.device),
     }
     every = 1 if stops or (tokens.device.type == "cpu" and not program.data_axes) else _EVERY
     carry = loop.chosen(logits.repeat_interleave(n, 0), carry, numbers)
     rounds = None if draft is None else _rounds(program, decoding, draft, sampling)
     theirs = {} if draft is None or draft.stored is None else draft.stored
     if rounds is not None:
-        carry = prepared(rounds.speculation, theirs, carry, tokens, lengths, slots, n, logits.shape[1])
+        carry = prepared(rounds.speculation, theirs, carry, tokens, lengths, slots, n)
     carry = (workspace or Workspace()).take(carry)  # to be written over
     going = lambda c: _any_rank(c["running"] & (c["length"] < max_new_tokens), program)  # noqa: E731
     if rounds is not None:
@@ -231,6 +196,9 @@ def generate(
     return _result(input_ids if prompts.begin is None else prompts.begin, carry, max_new_tokens, n, numbers["pad"], details)  # fmt: skip
 
 
+_OPTIONS = tuple(k for k, p in signature(generate).parameters.items() if p.kind is p.KEYWORD_ONLY)
+
+
 def _cut(prompts: Prompts, slots: int | None, compile: bool) -> Tensor:
     """Prompts as wide as the longest; to be compiled as wide as many of about that length, if that fits `slots` and the model's positions."""
     tokens = prompts.tokens[:, : int(prompts.lengths.max())]
@@ -241,16 +209,17 @@ def _cut(prompts: Prompts, slots: int | None, compile: bool) -> Tensor:
 
 
 def _stepped(compiled: ByShape, pure: Callable[..., Carry], weights: tuple[Any, ...], numbers: dict[str, Tensor], compile: bool, record: bool) -> Callable[[Carry], Carry]:  # fmt: skip
-    """From carry to carry: `pure`, or the compiled step, which writes over what it is given. All steps of a call have one graph."""
+    """From carry to carry: `pure`, or the compiled step, which writes over what it is given. All steps of a call have one graph, and the same tensors."""
     if not compile:
         return lambda carry: pure(*weights, carry, numbers)
     run: list[Callable[[], Any]] = []
 
     def step(carry: Carry) -> Carry:
-        if not run:
-            once = partial(compiled.of(*weights[1:], carry, numbers), *weights, carry, numbers)
-            run.append(Recorded(once) if record else once)
-        run[0]()
+        if run:
+            run[0]()
+        else:
+            same = again(partial(compiled, *weights, carry, numbers))
+            run.append(Recorded(same) if record else same)
         return carry
 
     return step
@@ -278,9 +247,20 @@ def _result(prompts: Tensor, carry: Carry, most: int, n: int, pad: Tensor, detai
     return Generated(out, carry["logprobs"][:, :new].masked_fill(over, 0.0), lengths) if details else out
 
 
-def _check_draft(draft: Draft | None, decoding: Decoding, sampling: Sampling, stops: Any, on_token: Any) -> None:
-    if draft is None:
+def _check_samples(n: int, sampling: Sampling, decoding: Decoding, program: Program) -> None:
+    if n == 1:
         return
+    for wrong, why in (
+        (sampling.greedy, "temperature 0, where all of them would be the same; give temperature=1.0 to draw"),
+        (decoding.config.kind == "paged", "cache='paged', whose pages belong to one row each; use 'static'"),
+        (any(t.name == "adapters" for t in program.history), "adapters(...), which are chosen row by row; repeat the prompts, and choose for each"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(f"generate: n={n} samples of a prompt with {why}, or leave n out")
+
+
+def _check_draft(draft: Draft, decoding: Decoding, sampling: Sampling, stops: Any, on_token: Any, whole: int) -> None:
+    """`whole`: tokens that the longest row may come to."""
     if stops is not None or on_token is not None or sampling.penalised:
         raise ValueError(
             "generate: draft= with stop_strings, on_token or repetition_penalty, which go token by token; leave out one or the other"
@@ -289,6 +269,17 @@ def _check_draft(draft: Draft | None, decoding: Decoding, sampling: Sampling, st
         raise ValueError(
             f"generate: draft= lets rows go on by several tokens, and {decoding.family.together}; leave it out"
         )
+    if draft.program is None:
+        return
+    other, mine = Decoding.of(draft.program), decoding.family.vocabulary
+    if other.family.encoder:
+        raise ValueError(
+            "generate: draft= is a model with an encoder, which does not go on with a text; give a decoder"
+        )
+    if other.family.vocabulary != mine:
+        raise ValueError(f"generate: draft= knows {other.family.vocabulary} tokens, the model {mine}; required the same vocabulary")  # fmt: skip
+    if other.family.limit is not None and whole > other.family.limit:
+        raise ValueError(f"generate: draft= has {other.family.limit} positions, prompt and max_new_tokens come to {whole}; shorten either, or leave it out")  # fmt: skip
 
 
 class _Rounds:
@@ -345,12 +336,17 @@ def _carry(logits: Tensor, cache: Any, prompts: Prompts, new: int, n: int, sampl
 
 def _stops(strings: str | Sequence[str] | None, tokenizer: Any) -> Any:
     if strings is None:
+        if tokenizer is not None:
+            raise ValueError("generate: tokenizer= without stop_strings=, which is all it is for; leave it out")
         return None
+    wanted = [strings] if isinstance(strings, str) else list(strings)
+    if not wanted or not all(isinstance(x, str) and x for x in wanted):
+        raise ValueError(f"generate: stop_strings={strings!r}, required a string that is not empty, or several")
     if tokenizer is None:
         raise ValueError("generate: stop_strings without a tokenizer to find them by; give tokenizer=")
     from transformers.generation.stopping_criteria import StopStringCriteria
 
-    return StopStringCriteria(tokenizer, [strings] if isinstance(strings, str) else list(strings))
+    return StopStringCriteria(tokenizer, wanted)
 
 
 def _any_rank(running: Tensor, program: Program) -> bool:

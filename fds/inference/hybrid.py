@@ -21,9 +21,9 @@ from fds.inference.workspace import Workspace
 from fds.lora import fuse_lora
 from fds.precision import cast
 from fds.program import Program, check_stored
-from fds.transform import Transform, bridge, check_same_module
+from fds.transform import Transform, at, bridge, check_same_module
 
-_LEFT_OUT = ("shard", "replicate", "quantized", "checkpoint", "offload", "compile", "at")
+_LEFT_OUT = ("shard", "replicate", "quantized", "checkpoint", "offload", "compile")
 
 
 @attrs.frozen
@@ -75,7 +75,11 @@ class Hybrid:
         return self._weights
 
     def generate(self, stored: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, **options: Any) -> Any:  # fmt: skip
-        """`fds.generate` with the weights of a training state. `ValueError` for more than `max_out_tokens` in all, before any work."""
+        """`fds.generate` with the weights of a training state. `ValueError` for more than `max_out_tokens` in all, before any work, and for a `workspace`."""
+        if "workspace" in options:
+            raise ValueError(
+                "generate: workspace= is the engine's own (release_inference_cache=False keeps it); leave it out"
+            )
         room(input_ids, attention_mask, max_new_tokens, self.max_out_tokens, "hybrid()")
         weights = self.weights(stored)
         with self.measured("generate"):
@@ -114,8 +118,10 @@ class Hybrid:
     def _moved(self, stored: Any) -> Any:
         """Some sites at a time; one that is the same in both programs is returned as it is."""
         names, moved = list(self.serve.sites), dict[str, Any]()
-        for at in range(0, len(names), self._together):
-            bridges = {s: bridge(self.train.sites[s], self.serve.sites[s]) for s in names[at : at + self._together]}
+        for first in range(0, len(names), self._together):
+            bridges = {
+                s: bridge(self.train.sites[s], self.serve.sites[s]) for s in names[first : first + self._together]
+            }
             between = {s: down(stored[s]) for s, (down, _) in bridges.items()}
             for s, (_, up) in bridges.items():
                 moved[s] = tree.compact(up(between.pop(s)), keep=stored[s])
@@ -139,7 +145,7 @@ def hybrid(
     Args:
         train: with all its transformations: ZeRO, LoRA, offload, recompute.
         serve: what generates, of the same model. Default: `train` without its layouts and wrappers (`shard`, `replicate`, `quantized`, `offload`,
-            `checkpoint`, `compile`, `at`), a `cast` that stores its dtype, and adapters fused.
+            `checkpoint`, `compile`, whole or by `at`), a `cast` that stores its dtype, and adapters fused.
         max_out_tokens: of prompt and new ones together.
         inference_tp_size: ranks that serve together, each with 1/n of the weights; all of them get the same prompts.
         release_inference_cache: give the cache's memory back after every call. Else it stays, until `release`.
@@ -149,6 +155,13 @@ def hybrid(
 
     Raises `ValueError` for a setting out of range, and for a `serve` of another model.
     """
+    if not isinstance(train, Program):
+        raise ValueError(
+            f"hybrid: got {type(train).__name__}, required a program; fds.functionalize(model) makes one of a module"
+        )
+    for name, value in (("release_inference_cache", release_inference_cache), ("pin_parameters", pin_parameters), ("fuse", fuse)):  # fmt: skip
+        if type(value) is not bool:
+            raise ValueError(f"hybrid: {name}={value!r}, required True or False")
     for name, value in (("max_out_tokens", max_out_tokens), ("inference_tp_size", inference_tp_size), ("tp_gather_partition_size", tp_gather_partition_size)):  # fmt: skip
         tree.positive(f"hybrid: {name}", value)
     if serve is None:
@@ -168,16 +181,24 @@ def _serving(train: Program, fuse: bool, ranks: int) -> Program:
     for i, t in enumerate(train.history):
         if i < beside:
             kept.append(t)  # what adapters are beside stays as it is
-        elif t.name == "cast":
-            kept.append(cast(**{**dict(t.options), "stored": True}))
-        elif t.name not in _LEFT_OUT:
-            kept.append(t)
+        else:
+            kept += _serving_form(t)
     if ranks > 1:
         from fds.sharding import mesh, tensor_parallel
 
         kept = [t for t in kept if t.name != "tensor_parallel"] + [tensor_parallel(mesh(dp=-1, tp=ranks)["tp"])]
     program = train.eval().replay(*kept)
     return fuse_lora()(program) if fuse and any(t.name == "lora" for t in kept) else program
+
+
+def _serving_form(t: Transform) -> list[Transform]:
+    """What serves in the place of a transformation: nothing for one of layouts and wrappers, for others what computes the same."""
+    options: dict[str, Any] = dict(t.options)
+    if t.name == "at":
+        return [at(options["pattern"], x) for x in _serving_form(options["transform"])]
+    if t.name == "cast":
+        return [cast(**{**options, "stored": True})]
+    return [] if t.name in _LEFT_OUT else [t]
 
 
 __all__ = ["Hybrid", "Statistics", "hybrid"]

@@ -92,18 +92,19 @@ class Speculation:
         place = torch.arange(new.shape[1], device=new.device)
         end = torch.isin(new, numbers["ends"]) & (place < n[:, None])
         n = torch.where(end.any(1), end.long().argmax(1) + 1, n) * carry["running"]
+        n = n.clamp(max=(numbers["most"] - carry["length"]).clamp(min=0))  # a row that is whole waits for the others
         real = place < n[:, None]
         at = (carry["length"][:, None] + place).clamp(max=carry["tokens"].shape[1] - 1)
         found = logits.log_softmax(-1).gather(2, new[..., None])[..., 0]
         tokens = carry["tokens"].scatter(1, at, torch.where(real, new, carry["tokens"].gather(1, at)))
         logprobs = carry["logprobs"].scatter(1, at, torch.where(real, found, carry["logprobs"].gather(1, at)))
-        last = new.gather(1, (n - 1).clamp(min=0)[:, None])[:, 0]
+        last = torch.where(n > 0, new.gather(1, (n - 1).clamp(min=0)[:, None])[:, 0], carry["token"])
         lengths = carry["cache"]["lengths"] + n
         return {
             **carry,
             "cache": {**cache, "lengths": lengths},
             **({} if other is None else {"draft": {**other, "lengths": lengths}}),
-            "token": torch.where(carry["running"], last, carry["token"]),
+            "token": last,
             "tokens": tokens,
             "logprobs": logprobs,
             "running": carry["running"] & ~end.any(1),
@@ -115,7 +116,7 @@ class Speculation:
         """Tokens [rows, count], what each was drawn from [rows, count, vocabulary], and the draft's cache with them."""
         if self.drafter is None:
             proposed = self._looked_up(carry)
-            return proposed, None if self.greedy else F.one_hot(proposed, carry["vocabulary"].shape[0]).float(), None
+            return proposed, None if self.greedy else F.one_hot(proposed, self.model.family.vocabulary).float(), None
         cache, token = carry["draft"], carry["token"]
         found: list[Tensor] = []  # not list[Tensor](): Dynamo cannot call that
         qs: list[Tensor] = []
@@ -175,11 +176,11 @@ def filtered(logits: Tensor, numbers: dict[str, Tensor]) -> Tensor:
     return x.masked_fill(x < least, -torch.inf)
 
 
-def prepared(speculation: Speculation, theirs: Any, carry: Carry, prompts: Tensor, lengths: Tensor, slots: int, n: int, vocabulary: int) -> Carry:  # fmt: skip
+def prepared(speculation: Speculation, theirs: Any, carry: Carry, prompts: Tensor, lengths: Tensor, slots: int, n: int) -> Carry:  # fmt: skip
     """What rounds need besides: the prompts to look things up in, or the draft's cache of them."""
     if speculation.drafter is None:
         room = slots - prompts.shape[1]
         more = {"text": F.pad(prompts, (0, max(room, 0))).repeat_interleave(n, 0), "size": lengths.repeat_interleave(n)}
-        return {**carry, **more, "vocabulary": torch.zeros(vocabulary, device=prompts.device)}
+        return {**carry, **more}
     _, cache = speculation.drafter.prefill(theirs, prompts, lengths, slots)
     return {**carry, "draft": caches.repeated(cache, n)}

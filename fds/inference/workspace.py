@@ -22,6 +22,7 @@ class Workspace:
     def __init__(self) -> None:
         self._held: Any = None
         self._like: Any = None
+        self._device: torch.device | None = None
 
     @property
     def nbytes(self) -> int:
@@ -30,9 +31,9 @@ class Workspace:
 
     def take(self, x: Any) -> Any:
         """`x`, a tree of tensors, in buffers of this workspace."""
-        like = tree.map(_like, x)
-        if self._held is None or not _same(like, self._like):
-            self._held, self._like = tree.map(lambda t: t.clone(), x), like
+        like, device = tree.map(_like, x), tree.flat(x)[0].device
+        if self._held is None or device != self._device or not _same(like, self._like):
+            self._held, self._like, self._device = tree.map(lambda t: t.clone(), x), like, device
             return self._held
         for old, new in zip(tree.flat(self._held), tree.flat(x), strict=True):
             old.copy_(new)
@@ -48,13 +49,8 @@ class Workspace:
     def retake(self) -> int:
         """Take as much again as the last call had; bytes that are held. Nothing before the first call."""
         if self._held is None and self._like is not None:
-            device = self._device
-            self._held = tree.map(lambda t: torch.empty_like(t, device=device), self._like)
+            self._held = tree.map(lambda t: torch.empty_like(t, device=self._device), self._like)
         return self.nbytes
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _like(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import zoo
 
 import fds
 from fds import tree
+from fds.files import read_tensors, write_tensors
 from fds.inference import NONE, adapters, choose, load_adapter
 
 
@@ -67,7 +68,7 @@ def test_text(served, compile):
 def test_what_cannot_be_is_refused(served, tmp_path):
     serve, stored, alone, _ = served
     before = [x.clone() for x in tree.leaves(stored)]
-    for index, words in (([3], "0 to 2"), ([-2], "-1 for none"), ([0] * 7, "rows=")):
+    for index, words in (([3], "0 to 2"), ([-2], "-1 for none"), ([0] * 7, "rows="), ([0.6], "whole numbers"), ([[0]], "whole numbers"), (torch.tensor([0.6]), "whole numbers")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             choose(serve, stored, index)
     with pytest.raises(ValueError, match="slot 3"):
@@ -75,11 +76,19 @@ def test_what_cannot_be_is_refused(served, tmp_path):
     with pytest.raises(ValueError, match="no transformation 'adapters'"):
         choose(alone[NONE][0], alone[NONE][1], [0])
     with pytest.raises(ValueError, match="repeat the prompts"):
-        fds.generate(serve, stored, zoo.batch("llama")["input_ids"], max_new_tokens=2, n=2)
+        fds.generate(serve, stored, zoo.batch("llama")["input_ids"], max_new_tokens=2, n=2, temperature=1.0)
     with pytest.raises(ValueError, match="at most 6 rows"):
         serve(stored, input_ids=zoo.batch("llama", 8)["input_ids"])
     with pytest.raises(ValueError, match="count=0"):
         adapters(0, rank=2, targets="*")
+    with pytest.raises(ValueError, match=r"adapters: targets="):
+        adapters(1, rank=2, targets=[])
+    with pytest.raises(ValueError, match=r"slot 0\.5"):
+        load_adapter(serve, stored, 0.5, tmp_path / "0")
+    split = fds.shard(fds.sharding.mesh(dp=-1)["dp"])(serve)
+    for act in (lambda s: choose(split, s, [0]), lambda s: load_adapter(split, s, 0, tmp_path / "0")):
+        with pytest.raises(ValueError, match=r"shard.*another form"):
+            act(split.place(serve.restore(stored)))
     assert all(torch.equal(a, b) for a, b in zip(before, tree.leaves(stored), strict=True))
 
 
@@ -100,5 +109,25 @@ def test_files_that_do_not_fit(tmp_path):
     config.write_text(config.read_text().replace('"use_dora": true', '"rank_pattern": {"a": 1}'))
     with pytest.raises(ValueError, match="rank_pattern"):
         load_adapter(whole, whole.place(params), 0, tmp_path)
+    config.write_text(config.read_text().replace('"rank_pattern": {"a": 1}', '"use_dora": false'))
+    plain = config.read_text()
+    for old, new, words in (
+        ('"r": 4', '"r": 3', r"\(4, 32\), required \(3, 32\)"), ('"r": 4', '"q": 4', "r=None"), ('"LORA"', '"LOHA"', "peft_type='LOHA'"), ('"none"', '"all"', "bias='all'"),
+        ('"lora_alpha": 4.0', '"lora_alpha": "4"', "lora_alpha='4'"),
+    ):  # fmt: skip
+        assert old in plain
+        config.write_text(plain.replace(old, new))
+        with pytest.raises(ValueError, match=words):
+            load_adapter(whole, whole.place(params), 0, tmp_path)
+    config.write_text(plain)
+    path = tmp_path / "adapter_model.safetensors"
+    found = read_tensors(path)
+    found = {k: v.clone() for k, v in found.items()}
+    for changed, words in (
+        ({k: v[:, :8] if "lora_A" in k else v for k, v in found.items()}, "trained on this model"), ({k: v[:8] if "lora_B" in k else v for k, v in found.items()}, "trained on this model"), ({}, "no tensors"),
+    ):  # fmt: skip
+        write_tensors(path, changed)
+        with pytest.raises(ValueError, match=words):
+            load_adapter(whole, whole.place(params), 0, tmp_path)
     with pytest.raises(ValueError, match="not split over ranks"):
         fds.tensor_parallel(fds.sharding.Axis("tp", 1, 0))(whole)

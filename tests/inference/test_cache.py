@@ -102,11 +102,14 @@ def test_growing_changes_no_value():
     _, cache = d.prefill(stored, ids[:, :12], lengths, 16)
     new = torch.stack([ids[i, n : n + 2] for i, n in enumerate(lengths)])
     want, _ = d.step(stored, cache, new)
-    got, bigger = d.step(stored, caches.grown(cache, 32), new)
+    got, bigger = d.step(stored, caches.grown(d.config, cache, 32), new)
     torch.testing.assert_close(got, want)
     assert bigger["layers"][0]["keys"].shape[2] == 32
     with pytest.raises(ValueError, match="required one size"):
-        caches.grown(bigger, 16)
+        caches.grown(d.config, bigger, 16)
+    for kind in ("sliding", "paged"):
+        with pytest.raises(ValueError, match=f"a {kind} cache does not grow"):
+            caches.grown(CacheConfig(kind), cache, 32)
 
 
 def test_what_cannot_be_is_refused():
@@ -114,6 +117,7 @@ def test_what_cannot_be_is_refused():
         (dict(kind="pages"), "paged"),
         (dict(dtype="int4"), "int8"),
         (dict(page=12), "multiple of 8"),
+        (dict(page=64.0), "multiple of 8"),
     ):
         with pytest.raises(ValueError, match=words):
             CacheConfig(**config)
@@ -124,3 +128,22 @@ def test_what_cannot_be_is_refused():
     _, cache = d.prefill(stored, ids[:, :12], lengths, 64)
     with pytest.raises(ValueError, match="one token at a time"):
         d.step(stored, cache, ids[:, :2])
+
+
+def test_a_cache_of_something_else_is_refused():
+    d, stored, _ = decoding(CacheConfig())
+    ids, lengths = rows()
+    _, cache = d.prefill(stored, ids[:, :12], lengths, 64)
+    with pytest.raises(ValueError, match="a cache of 3 rows and 2 layers, required 1 rows"):
+        d.step(stored, cache, ids[:1, :1])
+    with pytest.raises(ValueError, match=r"3 rows and 1 layers, required .* 2 layers"):
+        d.step(stored, {**cache, "layers": cache["layers"][:1]}, ids[:, :1])
+    with pytest.raises(ValueError, match=r"lengths \(2,\), required \(3,\)"):
+        d.prefill(stored, ids[:, :12], lengths[:2], 64)
+    with pytest.raises(ValueError, match="12 tokens, and slots for 8"):
+        d.prefill(stored, ids[:, :12], lengths, 8)
+    with pytest.raises(ValueError, match="is not given for a paged cache"):
+        Decoding.of(d.program, "paged").prefill(stored, ids[:, :12], lengths, 64)
+    table = caches.tables(CacheConfig("paged"), [20] * 3, 64)
+    with pytest.raises(ValueError, match="is given for a static cache"):
+        d.prefill(stored, ids[:, :12], lengths, 64, table)

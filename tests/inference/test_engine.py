@@ -26,6 +26,8 @@ def test_a_model_in_text_out():
     assert torch.equal(engine.generate(ids(), max_new_tokens=12, compile=False), plain())
     assert engine.generate(ids(), compile=False).shape[1] == 40
     torch.testing.assert_close(engine(ids()).logits, model.eval()(ids()).logits)
+    dropping = zoo.build("gpt2", training=True)
+    torch.testing.assert_close(fds.init_inference(dropping, dtype="fp32")(ids()).logits, dropping.eval()(ids()).logits)
     assert not engine(ids()).logits.requires_grad and repr(engine).startswith("InferenceEngine(freeze()")
 
 
@@ -95,6 +97,9 @@ def test_too_long_is_said_before_any_work():
     ({"enable_cuda_graph": True, "tp": {"tp_size": 2}}, "with tensor_parallel"), ({"enable_cuda_graph": True, "zero": {"stage": 3, "offload_param": {"device": "cpu"}}}, "with zero"),
     ({"min_out_tokens": 9, "max_out_tokens": 8}, "at most max_out_tokens"), ({"tp": {"tp_size": 0}}, "tp_size=0"), ({"dtype": "int8", "quant": {"weight": {"num_bits": 4}}}, "with dtype int8"),
     ({"zero": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme_path"), ({"zero": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}, "pin_memory"),
+    ({"quant": {"enabled": "no"}}, "quant.enabled"), ({"tp": {"enabled": 1}}, "tensor_parallel.enabled"), ({"quant": {"weight": {"num_bits": 8.0}}}, "given 8.0"),
+    ({"dtype": "int8", "quant": {"enabled": False}}, "with dtype int8"), ({"checkpoint": {"type": "ds_model"}}, "a directory of safetensors"), ({"moe_experts": [4]}, "experts"), ({"ep_group": 1}, "expert"),
+    ({"args": {"dtype": "fp32"}}, "keys themselves"), ([1], "required a dictionary"), (5, "required a dictionary"), ("nowhere.json", "nowhere.json"),
     ({"replace_with_kernel_inject": "yes"}, "true or false"), ({"quant": {"weight": {"q_type": "asymmetric"}}}, "symmetric"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(options, words):
@@ -108,3 +113,4 @@ def test_settings_from_a_file_and_by_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"dtype": "torch.half", "tp": {"tp_size": 1}}))
     assert InferenceConfig.of(str(tmp_path / "config.json"), max_tokens=9).max_out_tokens == 9
     assert InferenceConfig.of(fds.default_inference_config()) == InferenceConfig()
+    assert InferenceConfig.of(tensor_parallel={"enabled": False, "tp_size": 2}).tp_size == 1

@@ -83,6 +83,9 @@ def test_tokens_as_they_come():
     seen = []
     got = fds.generate(program, stored, ids, mask, max_new_tokens=6, compile=False, on_token=seen.append)
     assert torch.equal(torch.stack(seen, 1), got[:, ids.shape[1] :])
+    seen.clear()
+    got = fds.generate(program, stored, ids, mask, max_new_tokens=6, compile=False, on_token=seen.append, eos_token_id=got[:, -5].tolist())  # fmt: skip
+    assert torch.equal(torch.stack(seen, 1), got[:, ids.shape[1] :]) and len(seen) < 6, "no step behind the last end"
 
 
 def test_repetition_penalty_is_that_of_transformers():
@@ -90,6 +93,18 @@ def test_repetition_penalty_is_that_of_transformers():
     want = theirs(model, ids[:1], torch.ones_like(ids[:1]), 20, repetition_penalty=1.7)
     assert torch.equal(fds.generate(program, stored, ids[:1], max_new_tokens=20, repetition_penalty=1.7, compile=False), want)  # fmt: skip
     assert not torch.equal(want, theirs(model, ids[:1], torch.ones_like(ids[:1]), 20))
+
+
+def test_a_penalty_knows_nothing_of_padding():
+    """Rows of a batch draw what they draw alone: the token that pads is not one that they have had."""
+    program, params = fds.functionalize(zoo.lively(zoo.build("llama")))
+    stored, (ids, mask) = program.place(params), prompts()
+    options = dict(max_new_tokens=16, temperature=1.0, repetition_penalty=4.0, n=8, compile=False)
+    whole = fds.generate(program, stored, ids, mask, **options)[:, ids.shape[1] :]
+    assert (whole == 0).any(), "else it would tell nothing"
+    for i in range(3):
+        own = ids[i : i + 1, mask[i].bool()]
+        assert torch.equal(fds.generate(program, stored, own, **options)[:, own.shape[1] :], whole[8 * i : 8 * i + 8])
 
 
 def test_logprobs_are_the_programs():
@@ -155,7 +170,14 @@ def test_draws_follow_the_distribution(options):
 @pytest.mark.parametrize(("change", "words"), [
     ({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1.0}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 1.5}, "top_p"), ({"max_new_tokens": 120}, "positions"),
     ({"min_p": 2.0}, "min_p"), ({"repetition_penalty": 0.0}, "repetition_penalty"), ({"n": 0}, "n=0"), ({"cache": "statik"}, "static"), ({"cache": "static-int4"}, "int8"),
-    ({"cache": "paged", "n": 2}, "paged"), ({"cuda_graph": True, "compile": True}, "cuda_graph=True for input_ids on cpu"), ({"n": 1.5}, "n=1.5"),
+    ({"cache": "paged", "n": 2, "temperature": 1.0}, "paged"), ({"cuda_graph": True, "compile": True}, "cuda_graph=True for input_ids on cpu"), ({"n": 1.5}, "n=1.5"),
+    ({"top_p": 0.9}, "top_p=0.9 with temperature 0"), ({"top_k": 5}, "top_k=5 with temperature 0"), ({"min_p": 0.1}, "min_p=0.1 with temperature 0"), ({"n": 3}, "n=3 .*temperature 0"),
+    ({"temperature": 1.0, "top_k": 2.5}, "top_k=2.5"), ({"temperature": "1"}, "temperature='1'"), ({"temperature": True}, "temperature=True"), ({"temperature": float("nan")}, "temperature=nan"),
+    ({"repetition_penalty": float("inf")}, "finite"), ({"seed": 1.5}, "seed=1.5"), ({"seed": 2**63}, "64 bits"), ({"eos_token_id": -1}, r"eos_token_id=-1, required a token in \[0, 97\)"),
+    ({"eos_token_id": [3, 97]}, "eos_token_id=97"), ({"eos_token_id": "w3"}, "eos_token_id='w3'"), ({"pad_token_id": 97}, "pad_token_id=97"), ({"tokenizer": object()}, "without stop_strings"),
+    ({"stop_strings": "", "tokenizer": object()}, "not empty"), ({"stop_strings": [], "tokenizer": object()}, "not empty"), ({"num_beams": 4}, "num_beams=4 .*beam search.*transformers"),
+    ({"do_sample": True}, "temperature="), ({"max_length": 9}, "max_new_tokens="), ({"num_return_sequences": 2}, "give n="), ({"temprature": 1.0}, "did you mean 'temperature'"),
+    ({"workspace": 3}, "a Workspace"), ({"draft": "small"}, "a Draft"), ({"on_token": 3}, "on_token=3"),
 ])  # fmt: skip
 def test_bad_arguments(change, words):
     program, stored = set_up()
@@ -163,8 +185,19 @@ def test_bad_arguments(change, words):
         fds.generate(program, stored, prompts()[0], **{"max_new_tokens": 4, "compile": False, **change})
 
 
+def test_whole_numbers_are_numbers_too():
+    (program, stored), (ids, _) = set_up(), prompts()
+    draw = lambda **kw: fds.generate(program, stored, ids, max_new_tokens=4, compile=False, **kw)  # noqa: E731
+    assert torch.equal(draw(temperature=1, top_p=1, min_p=0, repetition_penalty=1), draw(temperature=1.0))
+    assert torch.equal(draw(eos_token_id=torch.tensor([5, 7])), draw(eos_token_id=[5, 7]))
+
+
 def test_bad_prompts_and_models():
     (program, stored), (ids, mask) = set_up(), prompts()
+    with pytest.raises(ValueError, match="input_ids is a list"):
+        fds.generate(program, stored, ids.tolist(), max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"attention_mask \(3, 2\), required \(3, 9\)"):
+        fds.generate(program, stored, ids, mask[:, :2], max_new_tokens=4)
     holes = mask.clone()
     holes[0, 4] = 0
     for bad in (holes, mask * 0):

@@ -1,5 +1,7 @@
 """The hybrid engine: rollouts of the training weights, free switches where nothing changes, and no bit of the training weights touched."""
 
+import weakref
+
 import pytest
 import ranks
 import torch
@@ -7,7 +9,7 @@ import zoo
 
 import fds
 from fds import tree
-from fds.inference import Workspace, hybrid
+from fds.inference import Hybrid, Workspace, hybrid
 from fds.offload import HostStore
 
 
@@ -72,10 +74,38 @@ def test_a_switch_is_free_where_nothing_changes():
     once = engine.weights(stored)
     assert engine.weights(stored) is once and once[""] is not stored[""]
     other = tree.map(lambda x: x.clone(), stored)
-    assert engine.weights(other) is not once, "other tensors"
+    before = engine.weights(other)
+    assert before is not once, "other tensors"
     next(iter(other["model.layers.0"].values())).add_(1)
     changed = engine.weights(other)
-    assert engine.weights(other) is changed, "written in place: made anew, once"
+    assert changed is not before and engine.weights(other) is changed, "written in place: made anew, once"
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_weights_are_made_once_or_for_each_call(monkeypatch, pin):
+    """And the ones before are gone by then."""
+    train, stored, _, _ = adapted()
+    engine, made, run = hybrid(train, pin_parameters=pin), [], Hybrid._moved
+    monkeypatch.setattr(Hybrid, "_moved", lambda e, s: (made.append([r() for r in old]), run(e, s))[1])
+    old = []
+    for _ in range(2):
+        engine.generate(stored, ids(), max_new_tokens=1, compile=False)
+    assert len(made) == (1 if pin else 2)
+    old = [weakref.ref(x) for part in engine.weights(stored).values() for k, x in part.items() if "q_proj" in k]
+    engine.weights(tree.map(lambda x: x.clone(), stored))
+    assert len(old) == 2 and made[-1] == [None, None]
+
+
+@pytest.mark.parametrize("inner", ["around", "cast"])
+def test_what_is_restricted_and_computes_something_serves_too(inner):
+    """`at` of a wrapper that changes values, or of a cast; of recompute alone nothing is left."""
+    program, params = fds.functionalize(zoo.build("llama"))
+    doubled = fds.around(lambda apply: lambda *a, **k: 2 * apply(*a, **k), name="doubled")
+    train = fds.chain(fds.at("*.mlp" if inner == "around" else "*.mlp.*", {"around": doubled, "cast": fds.cast("bfloat16")}[inner]), fds.at("*.mlp", fds.checkpoint()))(program)  # fmt: skip
+    stored, engine = train.place(params), hybrid(train)
+    got = engine.serve(engine.weights(stored), input_ids=ids()).logits
+    assert torch.equal(got, train(stored, input_ids=ids()).logits) and not torch.equal(got, program(program.place(params), input_ids=ids()).logits)  # fmt: skip
+    assert len(engine.serve.history) == 1 and "checkpoint" not in str(engine.serve.history)
 
 
 def test_sites_are_moved_a_few_at_a_time(monkeypatch):
@@ -141,11 +171,12 @@ def test_training_and_generating_by_turns():
     engine, texts = hybrid(train), []
     for _ in range(3):
         texts.append(engine.generate(state.params, ids(), max_new_tokens=10, compile=False))
+        engine.generate(state.params, ids(), max_new_tokens=1, compile=False, n=2, temperature=1.0)
         with engine.measured("train"):
             state, _ = step(state, {"input_ids": ids()})
     assert not torch.equal(texts[0], texts[2])
     found = engine.statistics()
-    assert found.samples == 12 and min(found.gather, found.generate, found.train) > 0
+    assert found.samples == 12 + 2 * 12 and min(found.gather, found.generate, found.train) > 0
     assert found.gather + found.generate + found.train <= found.end_to_end
     assert "samples/s" in str(found) and engine.statistics().samples == 0
 
@@ -159,6 +190,9 @@ def test_memory_is_given_back_and_taken_back():
     held = room.nbytes
     assert held > 4 * 64 * 2 * 2 * 2 * 8 * 4 - 1 and room.release() == held and room.nbytes == 0
     assert room.retake() == held and torch.equal(text(program, stored, workspace=room), want)
+    empty = room.take({"x": torch.empty(3, device="meta")})
+    assert room.release() == 12 and room.retake() == 12 and empty["x"].device.type == room._held["x"].device.type
+    assert room.take({"x": torch.ones(3)})["x"].tolist() == [1.0] * 3, "of another device: other buffers"
     for release, kept in ((False, True), (True, False)):
         engine = hybrid(program, release_inference_cache=release)
         engine.generate(stored, ids(), max_new_tokens=10, compile=False)
@@ -179,5 +213,14 @@ def test_what_cannot_be_is_refused():
         hybrid(program, other)
     with pytest.raises(ValueError, match="give one of them"):
         hybrid(program, program, inference_tp_size=2)
+    for bad in ({"pin_parameters": "no"}, {"release_inference_cache": 1}, {"fuse": None}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*True or False"):
+            hybrid(program, **bad)
+    with pytest.raises(ValueError, match="required a program"):
+        hybrid(zoo.build("llama"))
+    with pytest.raises(ValueError, match="the engine's own"):
+        engine.generate(stored, ids(), max_new_tokens=2, workspace=Workspace())
+    with pytest.raises(ValueError, match="input_ids is a list"):
+        engine.generate(stored, ids().tolist(), max_new_tokens=2)
     with pytest.raises(ValueError, match="'gather'"):
         engine.measured("gatherr").__enter__()

@@ -5,8 +5,8 @@ import torch
 import zoo
 
 import fds
-from fds.inference import Draft
-from fds.inference.speculative import filtered
+from fds.inference import CacheConfig, Draft
+from fds.inference.speculative import Speculation, filtered
 
 
 def prompts():
@@ -42,7 +42,7 @@ def drafts():
 def test_greedy_text_is_the_same(family, name):
     (program, stored), (ids, mask) = set_up(family), prompts()
     want = fds.generate(program, stored, ids, mask, max_new_tokens=21, compile=False, details=True)
-    for cache in ("static", "sliding"):
+    for cache in ("static", "sliding", CacheConfig("paged", page=8)):
         got = fds.generate(program, stored, ids, mask, max_new_tokens=21, compile=False, details=True, draft=drafts()[name], cache=cache)  # fmt: skip
         assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
         torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-4, atol=1e-5)
@@ -52,7 +52,7 @@ def test_a_row_ends_at_its_end_token():
     (program, stored), (ids, mask) = set_up(), prompts()
     free = fds.generate(program, stored, ids, mask, max_new_tokens=12, compile=False)
     end = int(free[0, ids.shape[1] + 3])
-    options = dict(max_new_tokens=12, compile=False, eos_token_id=end, pad_token_id=0, details=True)
+    options = dict(max_new_tokens=12, compile=False, eos_token_id=end, pad_token_id=5, details=True)
     want = fds.generate(program, stored, ids, mask, **options)
     got = fds.generate(program, stored, ids, mask, draft=drafts()["itself"], **options)
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
@@ -94,10 +94,17 @@ def test_a_row_draws_the_same_in_every_batch():
         assert torch.equal(fds.generate(program, stored, own, **options)[0, own.shape[1] :], whole[i]), i
 
 
+def test_what_the_text_proposes():
+    """What followed the last place with the same two tokens, other than the end itself; where there is none, the last token again."""
+    look = Speculation(None, Draft(tokens=2), None, True)._looked_up
+    text = torch.tensor([[7, 8, 1, 7, 8, 2, 7], [1, 2, 3, 4, 5, 0, 0]])
+    tokens = torch.tensor([[8, 0, 0], [6, 0, 0]])  # the first row goes on with 8, the second, of five tokens, with 6
+    carry = {"text": text, "size": torch.tensor([7, 5]), "tokens": tokens, "length": torch.tensor([1, 1]), "token": tokens[:, 0]}  # fmt: skip
+    assert look({**carry, "text": torch.nn.functional.pad(text, (0, 3))}).tolist() == [[2, 7], [6, 6]]
+
+
 def test_a_good_draft_saves_steps(monkeypatch):
     """The model itself as its draft: five tokens of every step of four proposals."""
-    from fds.inference.speculative import Speculation
-
     rounds, run = [], Speculation.round
     monkeypatch.setattr(Speculation, "round", lambda *a: (rounds.append(1), run(*a))[1])
     (program, stored), (ids, _) = set_up(), prompts()
@@ -105,8 +112,36 @@ def test_a_good_draft_saves_steps(monkeypatch):
     assert len(rounds) == 4
 
 
+def short(positions, vocabulary=zoo.VOCABULARY):
+    """A GPT-2 of so many learned positions."""
+    import transformers as tf
+
+    torch.manual_seed(3)
+    config = tf.GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=positions, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    program, params = fds.functionalize(zoo.lively(tf.GPT2LMHeadModel(config).eval()))
+    return program, program.place(params)
+
+
+@pytest.mark.parametrize("draft", ["itself", "text"])
+def test_proposals_behind_the_last_position(monkeypatch, draft):
+    """Rows that fill all 32 positions: what is proposed behind them is looked at and not taken, and a row that is whole waits for the others."""
+    (program, stored), (ids, mask) = short(32), prompts()
+    options = dict(max_new_tokens=23, compile=False, details=True)
+    want = fds.generate(program, stored, ids, mask, **options)
+    lengths, run = [], Speculation.round
+    monkeypatch.setattr(Speculation, "round", lambda *a: (c := run(*a), lengths.append(int(c["length"].max())))[0])
+    drafted = Draft(program, stored, tokens=6) if draft == "itself" else Draft(tokens=6)
+    got = fds.generate(program, stored, ids, mask, draft=drafted, **options)
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths) and max(lengths) == 23
+
+
 def test_what_cannot_be_is_refused():
     (program, stored), (ids, _) = set_up(), prompts()
+    for draft, words in (
+        (short(128, 50), "knows 50 tokens, the model 97"), (short(16), "16 positions, prompt and max_new_tokens come to 29"), (set_up("t5"), "a model with an encoder"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            fds.generate(program, stored, ids, max_new_tokens=20, draft=Draft(*draft))
     for options in ({"stop_strings": "x", "tokenizer": object()}, {"on_token": print}, {"repetition_penalty": 1.2}):
         with pytest.raises(ValueError, match="token by token"):
             fds.generate(program, stored, ids, max_new_tokens=4, draft=Draft(), **options)
