@@ -1,5 +1,6 @@
 """fds: models as pure functions over parameter trees; sharding, offload, adapters and precision as transformations that compose."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fds import losses, optim, sharding, tree
@@ -46,28 +47,6 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
-
-# The front door is imported when it is used.
-_FRONT = (
-    "DeepSpeedConfig",
-    "DeepSpeedConfigError",
-    "DeepSpeedTransformerConfig",
-    "DeepSpeedTransformerLayer",
-    "Engine",
-    "OnDevice",
-    "__git_branch__",
-    "__git_hash__",
-    "add_config_arguments",
-    "add_tuning_arguments",
-    "checkpointing",
-    "get_accelerator",
-    "get_model_profile",
-    "initialize",
-    "is_compile_supported",
-    "log_dist",
-    "logger",
-    "zero",
-)
 
 __all__ = [
     "DeepSpeedConfig",
@@ -142,11 +121,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FRONT:
+    """The front door's names: it is imported when one of them is used."""
+    if name not in __all__:
         raise AttributeError(f"module 'fds' has no attribute {name!r}")
-    from fds import deepspeed
-
-    return getattr(deepspeed, name)
+    return getattr(importlib.import_module("fds.deepspeed"), name)
 
 
 def __dir__() -> list[str]:

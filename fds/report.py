@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fds.deepspeed.accelerator import Accelerator, get_accelerator
+from fds.accelerator import Accelerator, get_accelerator
 
 _OPTIONAL = {"transformers": "models, generation", "tokenizers": "text", "peft": "adapter files", "tensorboard": "monitor", "wandb": "monitor", "comet-ml": "monitor", "hjson": "configurations with comments", "rich": "tables, progress", "matplotlib": "figures"}  # fmt: skip
 
@@ -46,7 +46,7 @@ def report() -> dict[str, Section]:
 def versions() -> Section:
     """Of fds, Python and what fds stands on."""
     import fds
-    from fds.deepspeed.version import __git_branch__, __git_hash__
+    from fds.version import __git_branch__, __git_hash__
 
     commit = f"{__git_hash__}, branch {__git_branch__}" if __git_hash__ else "not known (a checkout, not a wheel)"
     found = {"fds": fds.__version__, "fds is at": str(Path(fds.__file__).parent), "fds was built from": commit}

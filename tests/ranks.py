@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 
 _POOLS: dict[int, "Pool"] = {}
+_READY = b"ready"
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,6 +50,7 @@ class Pool:
         self.folder = tempfile.TemporaryDirectory(prefix="fds-ranks-")
         store = os.path.join(self.folder.name, "store")
         self.workers = [self._start(n, rank, store) for rank in range(n)]
+        self.ready, self.late = False, False
 
     def _start(self, n, rank, store):
         env = os.environ | {
@@ -64,8 +66,9 @@ class Pool:
 
     def run(self, function, args, timeout):
         job = pickle.dumps((function.__module__, function.__qualname__, args))
-        watchdog = threading.Timer(timeout, self.kill)
-        watchdog.start()
+        if not self.ready:
+            self._wait(300)
+        watchdog = self._watchdog(timeout)
         try:
             for w in self.workers:
                 w.stdin.write(len(job).to_bytes(8, "big") + job)
@@ -78,15 +81,41 @@ class Pool:
             raise RuntimeError(f"rank {failed[0][0]} of {len(answers)}:\n{failed[0][1]}")
         return [value for _, value in answers]
 
+    def _wait(self, timeout):
+        """Until all workers run. Start-up (imports, the process group) has a limit of its own: on a busy machine it takes minutes."""
+        watchdog = self._watchdog(timeout)
+        try:
+            self.ready = all(w.stdout.read(len(_READY)) == _READY for w in self.workers)
+        finally:
+            watchdog.cancel()
+        if not self.ready:
+            self.kill()
+            raise RuntimeError(
+                f"workers ended before they were ready (exit {[w.wait() for w in self.workers]}); {self._how(timeout)}"
+            )
+
+    def _how(self, timeout):
+        return (
+            f"killed here, after {timeout} s"
+            if self.late
+            else "not killed by this pool: one crashed, or the system killed it"
+        )
+
     def _answer(self, worker, rank, timeout):
         size = worker.stdout.read(8)
         if len(size) < 8:
             self.kill()  # the others may wait for it in a collective
-            return (
-                False,
-                f"the process ended (exit {worker.wait()}) before it answered; killed after {timeout} s, or crashed",
-            )
+            return False, f"the process ended (exit {worker.wait()}) before it answered; {self._how(timeout)}"
         return pickle.loads(worker.stdout.read(int.from_bytes(size, "big")))
+
+    def _watchdog(self, seconds):
+        def late():
+            self.late = True
+            self.kill()
+
+        watchdog = threading.Timer(seconds, late)
+        watchdog.start()
+        return watchdog
 
     def kill(self):
         for w in self.workers:
@@ -122,6 +151,8 @@ def _work():
     dist.init_process_group(
         "gloo", init_method=f"file://{os.environ['FDS_STORE']}", world_size=n, rank=rank, timeout=timedelta(minutes=5)
     )
+    answers.write(_READY)
+    answers.flush()
     while len(size := sys.stdin.buffer.read(8)) == 8:
         module, name, args = pickle.loads(sys.stdin.buffer.read(int.from_bytes(size, "big")))
         try:

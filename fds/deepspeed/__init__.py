@@ -7,8 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fds.accelerator import get_accelerator
     from fds.deepspeed import checkpointing, zero
-    from fds.deepspeed.accelerator import get_accelerator
     from fds.deepspeed.arguments import add_config_arguments
     from fds.deepspeed.config import DeepSpeedConfig
     from fds.deepspeed.device import OnDevice
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from fds.deepspeed.profiler import get_model_profile
     from fds.deepspeed.schedules import add_tuning_arguments
     from fds.deepspeed.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
-    from fds.deepspeed.version import __git_branch__, __git_hash__, is_compile_supported
+    from fds.version import __git_branch__, __git_hash__, is_compile_supported
 
 _MODULES = ("checkpointing", "zero")
-_WHERE = {
+_WHERE = {  # a module of this package; with a dot, of fds itself
     "DeepSpeedConfig": "config",
     "DeepSpeedConfigError": "errors",
     "DeepSpeedTransformerConfig": "transformer",
@@ -30,14 +30,14 @@ _WHERE = {
     "Engine": "engine",
     "OnDevice": "device",
     "UnsupportedKeyWarning": "errors",
-    "__git_branch__": "version",
-    "__git_hash__": "version",
+    "__git_branch__": ".version",
+    "__git_hash__": ".version",
     "add_config_arguments": "arguments",
     "add_tuning_arguments": "schedules",
-    "get_accelerator": "accelerator",
+    "get_accelerator": ".accelerator",
     "get_model_profile": "profiler",
     "initialize": "entry",
-    "is_compile_supported": "version",
+    "is_compile_supported": ".version",
     "log_dist": "logging",
     "logger": "logging",
 }
@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"fds.deepspeed.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'fds.deepspeed' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fds.deepspeed.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -7,8 +7,10 @@ import attrs
 from torch import nn
 
 from fds import tree
+from fds.deepspeed import meaning
 from fds.deepspeed.chain import recipe
 from fds.deepspeed.config import DeepSpeedConfig
+from fds.optim.one_bit_wire import BLOCK, row_count
 from fds.sharding.mesh import Axis
 from fds.train import TrainStep
 from fds.transform import parameters
@@ -49,7 +51,7 @@ def abstract(config: DeepSpeedConfig, model: nn.Module) -> TrainStep:
     """
     raw = config.to_dict()
     zero = {k: v for k, v in raw.get("zero_optimization", {}).items() if not k.startswith("offload_")}
-    kept = {k: v for k, v in raw.items() if k not in ("compile", "activation_checkpointing")}
+    kept = {k: v for k, v in raw.items() if k not in ("compile", "activation_checkpointing", "hybrid_engine")}
     if "activation_checkpointing" in raw:
         kept["activation_checkpointing"] = {}
     plain = DeepSpeedConfig.load({**kept, "zero_optimization": zero}, world_size=config.world_size)
@@ -86,16 +88,23 @@ def memory(config: DeepSpeedConfig, step: TrainStep) -> Memory:
     )
 
 
-def traffic(step: TrainStep) -> list[Message]:
-    """What a step moves between ranks, by the closed forms of docs/sharding.md. Activations of tensor parallelism are not in it."""
+def traffic(config: DeepSpeedConfig, step: TrainStep) -> list[Message]:
+    """What a step moves between ranks, by the closed forms of docs/sharding.md. Activations of tensor parallelism are not in it.
+
+    Of the 1-bit optimizers: what an exact exchange moves, before signs take its place.
+    """
     history: list[Any] = list(step.program.history)  # whose axes are a mesh's, with names
     own: Any = step.tx.axis
     sizes = [a.size for t in history for a in t.axes] + ([own.size] if own is not None else [])
     if all(n == 1 for n in sizes):
         return []
     if own is not None:
-        n = _elements(step).trained * _stored_width(step)
-        return [Message("reduce-scatter", own.name, n), Message("gather", own.name, n)]
+        n, width = _elements(step).trained, _stored_width(step)
+        if step.tx.local:
+            sizes = [x.numel() for x in tree.leaves(step.program.trainable(step.spec.params))]
+            return [Message("all-reduce", own.name, 4 * BLOCK * row_count(sizes, own.size), exact=False)]
+        summed = 4 if meaning.wire(config) == "float32" else width
+        return [Message("reduce-scatter", own.name, n * summed), Message("gather", own.name, n * width)]
     names = [t.name for t in history]
     cast = names.index("cast") if "cast" in names else -1
     if "shard" not in names:

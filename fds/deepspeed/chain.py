@@ -11,13 +11,13 @@ import attrs
 import torch
 from torch import nn
 
+from fds.deepspeed import meaning
 from fds.deepspeed.client import Group, groups_of
 from fds.deepspeed.errors import DeepSpeedConfigError
 from fds.deepspeed.methods import is_one_bit, rule
 from fds.deepspeed.modules import checkpoints_itself
 from fds.deepspeed.recipe import Call, Line, Name, Recipe, Reference, value
 
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _DP = Name("mesh", ("dp",))
 
 
@@ -61,7 +61,7 @@ class _Plan:
     @property
     def low(self) -> str | None:
         """The dtype that is computed in, if it is not that of the parameters."""
-        return "float16" if self.config.fp16.enabled else "bfloat16" if self.config.bf16.enabled else None
+        return meaning.low(self.config)
 
     def recipe(self) -> Recipe:
         groups = list(groups_of(self.config, self.model) if self.own is None else self.own)
@@ -97,21 +97,12 @@ class _Plan:
 
     @property
     def tp(self) -> int:
-        return max(int(self.config.tensor_parallel.autotp_size), 1)
+        return meaning.tensor(self.config)
 
     @property
     def local(self) -> int:
         """Ranks of a node, where ZeRO-3 has two levels."""
-        hpz, mics = int(self.zero.zero_hpz_partition_size), int(self.zero.mics_shard_size)
-        if self.stage != 3:
-            for key, n in (("zero_hpz_partition_size", hpz), ("mics_shard_size", mics)):
-                if n > 1:
-                    raise _error(f"zero_optimization.{key}", n, f"stage {self.stage} does not shard parameters; use stage 3, or leave it out")  # fmt: skip
-        if hpz > 1 and mics > 0:
-            raise _error("zero_optimization.mics_shard_size", mics, f"zero_hpz_partition_size is {hpz}; give one of them")  # fmt: skip
-        if self.tp > 1 and max(hpz, mics) > 1:
-            raise _error("tensor_parallel.autotp_size", self.tp, "no tensor parallelism together with mics_shard_size or zero_hpz_partition_size; leave one of them out")  # fmt: skip
-        return max(hpz, mics, 1)
+        return max(int(self.zero.zero_hpz_partition_size), int(self.zero.mics_shard_size), 1) if self.stage == 3 else 1
 
     @property
     def secondary(self) -> bool:
@@ -123,15 +114,13 @@ class _Plan:
         if self.tp > 1:
             found.append(Call("fds.tensor_parallel", Name("mesh", ("tp",))))
         alone = any(is_one_bit(g.type) for g in groups)  # it talks to the other ranks itself
-        if alone and self.stage:
-            raise _error("optimizer.type", groups[0].type, f"it sends momenta in place of gradients, and stage {self.stage} sends gradients; use stage 0")  # fmt: skip
+        if alone and len(groups) > 1:
+            raise _error("optimizer.type", groups[0].type, f"it exchanges all parameters together, and there are {len(groups)} groups; give model_parameters as one, or another optimizer")  # fmt: skip
         found += self.layout({"groups": Name("groups")} if len(groups) > 1 else {}, alone)
-        if self.config.torch_autocast.enabled:
-            found.append(Call("fds.autocast", _named(self.config.torch_autocast.dtype or "bfloat16")))
+        if (dtype := _autocast(self.config)) is not None:
+            found.append(Call("fds.autocast", dtype))
         param = self.zero.offload_param
         if param.device != "none":
-            if self.stage != 3:
-                raise _error("zero_optimization.offload_param.device", param.device, f"stage {self.stage} keeps parameters; use stage 3")  # fmt: skip
             own = {"groups": Name("groups")} if len(groups) > 1 else {}
             own |= (
                 {"window": int(param.buffer_count)}
@@ -143,23 +132,23 @@ class _Plan:
 
     def layout(self, groups: Mapping[str, Any], alone: bool) -> list[Call]:
         """How parameters are stored, and the dtype that is computed in: outside of `shard`, the wire carries it."""
-        if self.stage in (1, 2):
-            stored = {"stored": True} if self.masters else {}
+        if self.stage in (1, 2) and not meaning.in_shards(self.config):
+            stored = {"stored": True} if meaning.masters(self.config) else {}
             return [Call("fds.cast", self.low, **stored)] if self.low else []
         cast = [Call("fds.cast", self.low)] if self.low else []
-        reduce = {"reduce": "sum"} if str(self.config.gradient_allreduce_op).lower() == "sum" else {}
+        reduce = {"reduce": "sum"} if self.config.gradient_allreduce_op == "sum" else {}
         if alone:
             return cast
         if self.stage == 0:
             move = [Call("fds.replicate", _DP, **reduce)]
-            wide = self.wire() != self.low or not self.low
+            wide = meaning.wire(self.config) != self.low or not self.low
             return [*cast, *move] if wide else [*move, *cast]  # the first: once a step, in float32
         options: dict[str, Any] = {**reduce, **groups}
         if self.written("zero_optimization.stage3_param_persistence_threshold"):
             options["threshold"] = int(self.zero.stage3_param_persistence_threshold)
         frozen = [Call("fds.quantize_frozen", "int8")] if self.zero.zero_quantized_nontrainable_weights else []
         shards = self.shards(options)
-        wide = self.low is not None and self.wire() == "float32"
+        wide = self.low is not None and meaning.wire(self.config) == "float32"
         return [*cast, *frozen, *shards] if wide else [*frozen, *shards, *cast]
 
     def shards(self, options: dict[str, Any]) -> list[Call]:
@@ -175,25 +164,12 @@ class _Plan:
             return [Call("fds.shard", _DP, **options), *wire]
         inner = Call("fds.shard", Name("mesh", ("local",)), **options)
         if int(self.zero.mics_shard_size) > 1:
-            return [inner, *wire, Call("fds.replicate", Name("mesh", ("node",)))]
+            reduce = {k: v for k, v in options.items() if k == "reduce"}
+            return [inner, *wire, Call("fds.replicate", Name("mesh", ("node",)), **reduce)]
         # What is gathered over the nodes is kept for backward, which gathers it again inside of the node alone.
         outer = {k: v for k, v in options.items() if k != "threshold"}
         again = self.recompute() or [Call("fds.checkpoint", "matmul")]
         return [inner, *again, Call("fds.shard", Name("mesh", ("node",)), **outer), *wire]
-
-    def wire(self) -> str | None:
-        """The dtype of gradients between ranks, if it was said."""
-        name = self.config.communication_data_type
-        dtype = None if name is None else _DTYPES[str(name).lower()]
-        if dtype is not None and dtype not in ("float32", self.low):
-            raise _error("communication_data_type", name, f"gradients are float32{f' or {self.low}' if self.low else ''} in this chain; give one of them, or leave it out")  # fmt: skip
-        return dtype
-
-    @property
-    def masters(self) -> bool:
-        """Whether parameters are stored in the dtype that is computed in, with float32 copies in the optimizer's shards."""
-        wide = self.config.data_types.grad_accum_dtype == "fp32"
-        return self.stage in (1, 2) and self.low == "bfloat16" and not wide
 
     def recompute(self) -> list[Call]:
         section = self.config.activation_checkpointing
@@ -228,19 +204,17 @@ class _Plan:
         clip = float(self.config.gradient_clipping)
         if clip > 0:
             tx = Call("fds.optim.chain", Call("fds.optim.clip_by_global_norm", clip), tx)
-        if self.masters:
+        if meaning.masters(self.config):
             tx = Call("fds.optim.with_master", tx)
         away = self.zero.offload_optimizer
         if away.device != "none":
-            if self.stage == 0:
-                raise _error("zero_optimization.offload_optimizer.device", away.device, "stage 0 is DeepSpeed without ZeRO; use stage 1, 2 or 3")  # fmt: skip
             tx = Call("fds.optim.streamed", tx, self.store(away, "zero_optimization.offload_optimizer"))
         elif self.zero.offload_param.device != "none":
             # Handles of parameters are only known to a streamed optimizer; its state stays in host memory.
             tx = Call("fds.optim.streamed", tx, self.keep("host", Call("fds.HostStore")))
-        if self.stage not in (1, 2):
+        if self.stage == 0 or meaning.in_shards(self.config):
             return tx
-        summed = {"sum_dtype": torch.float32} if self.masters and self.wire() == "float32" else {}
+        summed = {"sum_dtype": torch.float32} if meaning.masters(self.config) and meaning.wire(self.config) == "float32" else {}  # fmt: skip
         return Call("fds.optim.sharded", tx, _DP, **summed)
 
     def named(self, what: str) -> str:
@@ -249,15 +223,13 @@ class _Plan:
     def store(self, section: Any, key: str) -> Name:
         if section.device == "cpu":
             return self.keep("host", Call("fds.HostStore"))
-        if not section.nvme_path:
-            raise _error(f"{key}.nvme_path", section.nvme_path, "device is nvme, which needs a directory")
         options: dict[str, Any] = {}
         if self.written("aio"):
             aio = self.config.aio
             names = ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events")
             options["settings"] = Call("aio.Settings.of", {k: getattr(aio, k) for k in names})
         if key.endswith("offload_param") and self.written(f"{key}.max_in_cpu"):
-            options["budget"] = int(section.max_in_cpu) * (2 if self.low and self.masters else 4)
+            options["budget"] = int(section.max_in_cpu) * max(p.element_size() for p in self.model.parameters())
         known = "parameters" if options.get("budget") else "files"
         return self.keep(known, Call("fds.FileStore", section.nvme_path, **options))
 
@@ -284,13 +256,14 @@ class _Plan:
                 "fds.DynamicLossScale", initial_power=fp16.initial_scale_power, window=fp16.loss_scale_window, hysteresis=fp16.hysteresis,
                 consecutive_hysteresis=fp16.consecutive_hysteresis, minimum=float(fp16.min_loss_scale),
             )  # fmt: skip
+        elif _autocast(self.config) == "float16":
+            options["loss_scale"] = Call("fds.DynamicLossScale", window=2000, hysteresis=1)  # as torch.amp.GradScaler
         return options
 
 
-def _named(dtype: str) -> str:
-    """A dtype by torch's name."""
-    name = dtype.removeprefix("torch.")
-    return {"half": "float16", "float": "float32", **_DTYPES}.get(name, name)
+def _autocast(config: Any) -> str | None:
+    """The dtype of autocast, by torch's name, if it is on."""
+    return (config.torch_autocast.dtype or "bfloat16") if config.torch_autocast.enabled else None
 
 
 def _error(key: str, value: Any, why: str) -> DeepSpeedConfigError:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from fds.deepspeed.meaning import WHOLE, in_shards, tensor, wire, wires
 from fds.deepspeed.schema.methods import ONE_BIT
 from fds.deepspeed.schema.top import Top
 
@@ -16,10 +17,36 @@ def precision(c: Top) -> Iterator[Problem]:
     on = [f"{name}.enabled" for name in ("fp16", "bf16", "torch_autocast") if getattr(c, name).enabled]
     if len(on) > 1:
         yield tuple(on), "all are true; one of them at most"
-    accumulate, stage = c.data_types.grad_accum_dtype, c.zero_optimization.stage
-    narrow = c.bf16.enabled and stage in (1, 2)
+    accumulate = c.data_types.grad_accum_dtype
+    narrow = c.bf16.enabled and c.zero_optimization.stage in (1, 2) and not in_shards(c)
     if accumulate not in (None, "fp32") and not (accumulate == "bf16" and narrow):
         yield ("data_types.grad_accum_dtype",), f"given {accumulate!r}, allowed null or 'fp32'" + (" or 'bf16'" if narrow else ", in which gradients are here ('bf16': with bf16 at stages 1 and 2)")  # fmt: skip
+    sent = wire(c)
+    if sent is not None and sent not in wires(c):
+        yield ("communication_data_type",), f"given {c.communication_data_type!r}; gradients cross the wire in {' or '.join(wires(c))} here: give one of them, or leave it out"  # fmt: skip
+
+
+def loss_scale(c: Top) -> Iterator[Problem]:
+    """A scale that can be, and that an error of gradients can follow."""
+    if not c.fp16.enabled:
+        return
+    if c.fp16.loss_scale:
+        if not 2.0**-126 <= c.fp16.loss_scale <= 2.0**126:
+            yield (
+                ("fp16.loss_scale",),
+                f"given {c.fp16.loss_scale!r}, allowed 2^-126 to 2^126, or 0 for a dynamic scale",
+            )
+        return
+    power, least = c.fp16.initial_scale_power, c.fp16.min_loss_scale
+    if power > 126:
+        yield (
+            ("fp16.initial_scale_power",),
+            f"given {power}, allowed 0 to 126: the scale is 2 to this power, in float32",
+        )
+    elif least > 2.0**power:
+        yield ("fp16.min_loss_scale", "fp16.initial_scale_power"), f"{least:g} is above the first scale, 2^{power} = {2.0**power:g}; lower the first, or raise the second"  # fmt: skip
+    if c.zero_optimization.zeropp_loco_param is not None:
+        yield (f"{_ZERO}.zeropp_loco_param", "fp16.loss_scale"), "an error of gradients has the scale of its step, and a dynamic scale changes; give a fixed fp16.loss_scale, or bf16"  # fmt: skip
 
 
 def offload(c: Top) -> Iterator[Problem]:
@@ -51,12 +78,15 @@ def stage3(c: Top) -> Iterator[Problem]:
             yield (f"{_ZERO}.zeropp_loco_param.{min(unknown, key=str)}",), "unknown key; allowed: err_beta, reset_T"
     if z.mics_shard_size > 0 and z.zero_hpz_partition_size > 1:
         yield (f"{_ZERO}.mics_shard_size", f"{_ZERO}.zero_hpz_partition_size"), "two ways to divide the ranks; one of them"  # fmt: skip
+    levels = [f"{_ZERO}.{k}" for k in ("mics_shard_size", "zero_hpz_partition_size") if getattr(z, k) > 1]
+    if levels and tensor(c) > 1:
+        yield ("tensor_parallel.autotp_size", *levels), "a mesh of nodes and of tensor parallelism is not there; leave one of them out"  # fmt: skip
 
 
 def ranks(c: Top, world: int, data: int) -> Iterator[Problem]:
     """Sizes of groups divide the ranks that there are."""
     z = c.zero_optimization
-    tp = max(c.tensor_parallel.autotp_size, 1)
+    tp = tensor(c)
     if world % tp:
         yield ("tensor_parallel.autotp_size",), f"{tp} does not divide {world} rank{'s' * (world > 1)}; allowed {_divisors(world)}"  # fmt: skip
     if c.tensor_parallel.tp.tp_size not in (1, tp):
@@ -79,6 +109,13 @@ def methods(c: Top) -> Iterator[Problem]:
             yield ("optimizer.type", _STAGE), f"{c.optimizer.type} sends compressed momenta in place of gradients, stage {z.stage} sends gradients; required stage 0"  # fmt: skip
         if c.gradient_allreduce_op == "sum":
             yield ("optimizer.type", "gradient_allreduce_op"), f"{c.optimizer.type} sends means; required 'mean'"
+        if tensor(c) > 1:
+            yield ("optimizer.type", "tensor_parallel.autotp_size"), f"{c.optimizer.type} exchanges whole leaves over all ranks; leave one of them out"  # fmt: skip
+    elif c.optimizer.type in WHOLE:
+        cut = [(in_shards(c), _STAGE), (tensor(c) > 1, "tensor_parallel.autotp_size")]
+        cut += [(c.optimizer.type == "Muon" and z.offload_optimizer.device != "none", f"{_ZERO}.offload_optimizer.device")]  # fmt: skip
+        if found := tuple(key for wrong, key in cut if wrong):
+            yield ("optimizer.type", *found), f"{c.optimizer.type} looks at leaves as wholes (their norms or rows), and these cut or move them; its state can be split: stage 1 or 2, without tensor parallelism{' or offload' if c.optimizer.type == 'Muon' else ''}"  # fmt: skip
     if c.gradient_allreduce_op == "sum" and z.stage in (1, 2):
         yield ("gradient_allreduce_op", _STAGE), f"'sum' with stage {z.stage}; required stage 0 or 3, or 'mean'"
 
@@ -110,5 +147,5 @@ def _divisors(n: int) -> str:
 
 def every(c: Top, world: int, data: int) -> list[Problem]:
     """What all checks find."""
-    plain = [precision, offload, stage3, methods, curriculum]
+    plain = [precision, loss_scale, offload, stage3, methods, curriculum]
     return [*(p for check in plain for p in check(c)), *ranks(c, world, data)]

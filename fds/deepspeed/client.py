@@ -138,7 +138,9 @@ def of_torch(optimizer: torch.optim.Optimizer, model: nn.Module, *, apart: bool)
             f"initialize: optimizer is {type(optimizer).__name__}, and fds has no rule like it; {tree.suggest(type(optimizer).__name__, _LIKE)}, or name one in the configuration; any rule of your own as an (init, update) pair goes into fds.train_step"
         )
     name, settings = _LIKE[kind]
-    if optimizer.state:
+    if any(
+        float(s.get("step", 1)) > 0 for s in optimizer.state.values()
+    ):  # Adagrad makes its state before the first step
         raise ValueError(
             f"initialize: the {kind} has made steps already, and its state is not taken over; pass it before its first step, or resume by load_checkpoint"
         )

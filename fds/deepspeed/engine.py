@@ -21,7 +21,9 @@ from fds.deepspeed.data import Curriculum
 from fds.deepspeed.front import EngineOptimizer, Hyperparameters
 from fds.deepspeed.logging import log_dist
 from fds.deepspeed.monitor import Monitor
+from fds.deepspeed.pending import Pending
 from fds.deepspeed.timers import Throughput, Timers
+from fds.deepspeed.weights import Weights
 from fds.frame import Frame, scoped, with_updates
 from fds.grad import NO_HOOKS
 from fds.leaves import Leaves
@@ -31,10 +33,9 @@ from fds.program import Axis, Program
 from fds.randomness import fold
 from fds.sharding import CommsLogger
 from fds.train import TrainState, TrainStep, apply_gradients, block_of, mean_over, scaled_by
-from fds.tree import Stored
 
 
-class Engine(Answers):
+class Engine(Answers, Weights):
     """See `fds.initialize`.
 
     ``engine(batch)`` is the model's output, to be followed by autograd; ``engine.backward(loss)`` adds gradients up; ``engine.step()`` updates at the
@@ -46,10 +47,12 @@ class Engine(Answers):
     * `recipe`: the program that built it; ``print(engine.recipe.source())``.
     """
 
-    def __init__(self, model: nn.Module, config: Any, built: dict[str, Any], *, recipe: Any = None, optimizer: EngineOptimizer | None = None, schedules: Any = (), lr_scheduler: Any = None, client: Any = None, loader: Any = None, collate: Any = None) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, config: Any, built: dict[str, Any], *, recipe: Any = None, optimizer: EngineOptimizer | None = None, schedules: Any = (), collate: Any = None) -> None:  # fmt: skip
         self.config, self.recipe = config, recipe
-        self.training_dataloader, self._collate = loader, collate
-        self.optimizer, self.lr_scheduler, self._client = optimizer, lr_scheduler, client
+        self.training_dataloader: Any = None
+        self.optimizer, self._collate = optimizer, collate
+        self.lr_scheduler: Any = None
+        self._scheduled: Any = None  # the torch optimizer that a scheduler of the client's is on
         self.step_function: Any = built.get("step")
         self._built: TrainStep | None = getattr(self.step_function, "step", self.step_function)
         self._programs: dict[bool | None, Program] = {None: built["program"]}
@@ -57,8 +60,7 @@ class Engine(Answers):
         self._modes = [m.training for m in model.modules()]
         self._training, self._switched = model.training, False
         self._hyper = Hyperparameters(optimizer, schedules) if optimizer is not None else None
-        self._live: Stored | None = None
-        self._backwards = 0
+        self._pending = Pending()
         self._state = self._first(built["params"])
         self.global_steps, self.skipped_steps, self.micro_steps, self.global_samples = 0, 0, 0, 0
         self.metrics: dict[str, Any] = {}
@@ -74,7 +76,7 @@ class Engine(Answers):
         self.comms_logger.start()  # nothing, unless it is enabled
         course = config.curriculum_learning
         self._curriculum = Curriculum.of(_section(course)) if course.enabled else None
-        self._forget()
+        self._profiled = False
         self._show()
 
     def _first(self, given: Any) -> TrainState:
@@ -106,9 +108,11 @@ class Engine(Answers):
 
     @state.setter
     def state(self, state: TrainState) -> None:
-        if self._backwards:
+        if self._pending.backwards:
             raise ValueError("state: set in the middle of an accumulation, whose gradients are of the old parameters; after engine.step(), or engine.zero_grad()")  # fmt: skip
-        self._state, self._live = state, None
+        self._state, self._pending = state, Pending()
+        if self._hyper is not None:
+            self._hyper.forget()  # the groups' numbers are those that count, in this state too
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -157,21 +161,17 @@ class Engine(Answers):
             args, kwargs = batches.arguments(
                 self._curriculum.shorten(batches.named(args, kwargs), self.global_steps + 1)
             )
-        if self.config.flops_profiler.enabled and self.global_steps == self.config.flops_profiler.profile_step:
-            watch.profiled(self, self._called(), args, kwargs)
+        if self.config.flops_profiler.enabled:
+            watch.profiled_once(self, self._called(), args, kwargs)
         with self._timed("fwd"):
-            program, grad = self._called(), torch.is_grad_enabled() and self._built is not None
-            stored = self._leaves() if grad else self._present()
+            program, grad, pending = self._called(), torch.is_grad_enabled() and self._built is not None, self._pending
+            params = self.state.params
+            stored = pending.leaves(params, self.program.spec) if grad else pending.present(params)
             frame = scoped(Frame(), **self._frame(program))
             hooks = torch.autograd.graph.disable_saved_tensors_hooks(NO_HOOKS) if grad else nullcontext()
             with frame, hooks:
                 out, updates = with_updates(lowered(program.apply))(stored, *args, **kwargs)
-            self._calls += 1
-            self._since += int(grad)
-            for s, part in updates.items():
-                self._updates.setdefault(s, {}).update({k: v.detach() for k, v in part.items()})
-                if self._live is not None:
-                    self._live[s] = {**self._live[s], **self._updates[s]}
+            pending.called(updates, followed=grad)
         return out
 
     def _frame(self, program: Program) -> dict[str, Any]:
@@ -180,20 +180,10 @@ class Engine(Answers):
         if not self.training:
             return {"deferred": deferred}
         seed = fold(self.state.rng, self.state.step)
-        seed = fold(seed, self._calls) if self._calls else seed
+        calls = self._pending.calls
+        seed = fold(seed, calls) if calls else seed
         gas = self.gradient_accumulation_steps()
         return {"deferred": deferred, "seed": seed, "block": block_of(self.axes) * gas + self.micro_steps % gas}
-
-    def _leaves(self) -> Stored:
-        """The stored parameters of the calls until the next step: leaves of autograd's, which add their gradients up."""
-        if self._live is None:
-            spec, stored = self.program.spec, self._present()
-            self._live = {s: {k: x.detach().requires_grad_(spec[s][k].requires_grad) for k, x in part.items()} for s, part in stored.items()}  # fmt: skip
-        return self._live
-
-    def _present(self) -> Stored:
-        """The state's parameters, with the buffers as the calls since the last step left them."""
-        return {s: {**part, **self._updates.get(s, {})} for s, part in self.state.params.items()}
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Add the gradients of a loss to those since the last step, divided by the number of microbatches; the loss so divided is returned.
@@ -206,26 +196,26 @@ class Engine(Answers):
         scale = step.scale(self.state)
         with self._timed("bwd"), WithLowered():
             (value if scale is None else scaled_by(value, scale)).backward(retain_graph=retain_graph)
-        if not any(x.grad is not None for x in tree.flat(self._live) if x.requires_grad):
+        if not self._pending.has_gradients():
             raise ValueError(
                 "backward: the loss depends on no parameter of this engine as it is now; compute it from engine(batch) of this step (calls before the last engine.step() are of other parameters)"
             )
-        self._carry()
-        self._losses.append(value.detach())
-        self._backwards += 1
+        self._pending.carry(self.program, self.state.params)
+        self._pending.passed(value)
         return value.detach()
 
     def scale(self, loss: Tensor) -> Tensor:
         """A loss to call `backward` on yourself, ``engine.scale(loss).backward()``: times the loss scale of fp16, divided by the number of microbatches."""
         step = self._trained("scale")
+        if any(p.carries for p in self.program.sites.values()):
+            raise ValueError("scale: zeropp_loco_param keeps an error from each backward pass to the next, which the engine has to see; call engine.backward(loss)")  # fmt: skip
         value = self._checked(loss, "scale") / self.gradient_accumulation_steps()
-        self._losses.append(value.detach())
-        self._backwards += 1
+        self._pending.passed(value)
         scale = step.scale(self.state)
         return value if scale is None else scaled_by(value, scale)
 
     def _checked(self, loss: Any, what: str) -> Tensor:
-        if not self._since:
+        if not self._pending.followed:
             raise ValueError(f"{what}: no engine(batch) since the last step; call the engine first, outside of torch.no_grad(), then {what}")  # fmt: skip
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             got = (
@@ -238,28 +228,16 @@ class Engine(Answers):
             raise ValueError(f"{what}: the loss has no graph: it was detached, or computed under torch.no_grad()")
         return loss
 
-    def _carry(self) -> None:
-        """What lenses keep from step to step (error feedback) goes on after each backward pass, as in `train_step`."""
-        carried = {s: p.carries for s, p in self.program.sites.items() if p.carries}
-        if not carried or self._live is None:
-            return
-        if self._since > 1 + self._backwards:
-            raise ValueError("backward: zeropp_loco_param keeps an error from each pass to the next: one engine(batch), then one backward")  # fmt: skip
-        grads = {s: {k: _gradient(self._live[s][k]) for k in names} for s, names in carried.items()}
-        for s, part in self.program.carry({**self._present()}, grads).items():
-            self._updates.setdefault(s, {}).update(part)
-            self._live[s] = {**self._live[s], **{k: x.detach().requires_grad_() for k, x in part.items()}}
-
     def step(self, lr_kwargs: Any = None) -> None:
         """Update, if this microbatch is the last of a step; in any case the next one begins. `lr_kwargs` go to the client's scheduler."""
         self._trained("step")
         if self._inside_no_sync:
             raise ValueError("step: inside of no_sync(); leave the block first")
-        if not self._backwards:
+        if not self._pending.backwards:
             raise ValueError("step: no engine.backward(loss) since the last engine.step(); the order is loss = engine(batch), engine.backward(loss), engine.step()")  # fmt: skip
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
-        self._backwards = self._calls = 0
+        self._pending.next_microbatch()
         self._applied = False
         if boundary:
             with self._timed("step"):
@@ -268,20 +246,17 @@ class Engine(Answers):
 
     def _update(self) -> None:
         step = self._trained("step")
-        assert self._live is not None
-        live, self._live = self._live, None
-        spec = self.program.spec
-        grads = {s: {k: _gradient(x) for k, x in part.items() if spec[s][k].requires_grad and k not in self.program.sites[s].carries} for s, part in live.items()}  # fmt: skip
-        del live
+        pending, program = self._pending, self.program
+        grads = pending.taken(program)
         state = self._pushed()
         with torch.no_grad(), WithLowered():
-            value = mean_over(sum((x.float() for x in self._losses), torch.zeros(())), self.axes)
-            buffers = {s: {k: v for k, v in part.items() if k not in self.program.sites[s].carries} for s, part in self._updates.items()}  # fmt: skip
-            carried = {s: {k: v for k, v in part.items() if k in self.program.sites[s].carries} for s, part in self._updates.items()}  # fmt: skip
+            value = mean_over(sum((x.float() for x in pending.losses), torch.zeros(())), self.axes)
+            carried = {s: {k: v for k, v in part.items() if k in program.sites[s].carries} for s, part in pending.updates.items()}  # fmt: skip
+            buffers = {s: {k: v for k, v in part.items() if k not in carried[s]} for s, part in pending.updates.items()}
             meant = mean_over(buffers, self.axes)
             updates = {s: {**meant[s], **carried[s]} for s in meant}
             self._state, self.metrics = apply_gradients(step, state, value, grads, updates, {}, donated=True)
-        self._forget()
+        self._pending = Pending()
 
     def _pushed(self) -> TrainState:
         """The state, with the hyperparameters that the client's optimizer has now."""
@@ -298,8 +273,8 @@ class Engine(Answers):
         self.global_samples += self.train_batch_size()
         if skipped:
             log_dist(watch.skipped_line(self), ranks=[0])
-        elif self._client is not None and self.lr_scheduler is not None:
-            self._client._opt_called = True  # torch's scheduler asks whether the optimizer was stepped
+        elif self._scheduled is not None and self.lr_scheduler is not None:
+            self._scheduled._opt_called = True  # torch's scheduler asks whether the optimizer was stepped
             self.lr_scheduler.step(**(lr_kwargs or {}))
         self._show()
         watch.reported(self)
@@ -310,13 +285,7 @@ class Engine(Answers):
 
     def zero_grad(self) -> None:
         """Drop the gradients since the last step."""
-        self._forget()
-
-    def _forget(self) -> None:
-        self._live = None
-        self._updates: Stored = {}
-        self._losses: list[Tensor] = []
-        self._since = self._calls = self._backwards = 0
+        self._pending = Pending()
 
     def _trained(self, what: str) -> TrainStep:
         if self._built is None:
@@ -369,7 +338,7 @@ class Engine(Answers):
         The model computes its loss (`batches.loss_in`). Compiled where the configuration says ``compile.deepcompile``, or after `compile`.
         """
         self._trained("train_batch")
-        if self.micro_steps % self.gradient_accumulation_steps() or self._backwards or self._inside_no_sync:
+        if self.micro_steps % self.gradient_accumulation_steps() or self._pending.backwards or self._inside_no_sync:
             raise ValueError("train_batch: in the middle of an accumulation; finish it with engine.step() first")
         if not self.training:
             raise ValueError("train_batch: the engine is in evaluation mode; call engine.train() first")
@@ -386,9 +355,11 @@ class Engine(Answers):
         whole = batches.joined(found)
         if self._curriculum is not None:
             whole = self._curriculum.shorten(whole, self.global_steps + 1)
-        self._forget()
+        if self.config.flops_profiler.enabled:
+            watch.profiled_once(self, self._called(), *batches.arguments(found[0]))
+        self._pending = Pending()
         with self._timed("step"):
-            self.state, self.metrics = self.step_function(self._pushed(), whole)
+            self._state, self.metrics = self.step_function(self._pushed(), whole)
         self.micro_steps += len(found)
         self._after()
         return self.metrics["loss"]
@@ -425,63 +396,11 @@ class Engine(Answers):
         """A loader of this rank's batches of a data set (`fds.deepspeed.data.DistributedLoader`)."""
         return saving.loader(self, dataset, collate_fn=options.pop("collate_fn", self._collate), **options)
 
-    # --- weights ---
-
-    @property
-    def module(self) -> nn.Module:
-        """The client's module with the present weights, or, if the client has dropped it, one like it.
-
-        Where parameters are in shards (stage 3, tensor parallelism) or in a store, no rank has them whole: then it is the module on the meta device, for
-        its class, configuration and attributes. `module_state_dict` gathers weights, on all ranks at once.
-        """
-        origin: Any = self.program.origin.core
-        if any(p.axes or p.handles for p in self.program.sites.values()):
-            return origin.module
-        module = self._module()
-        if module is None:
-            module = self._own = saving.materialized(self.program, self.state.params).train(self._training)
-            self._module, self._modes = (
-                weakref.ref(module),
-                [m.training for m in module.modules()] if not self._switched else [],
-            )
-            self._fresh = self.state
-        if self._fresh is not self.state:
-            saving.write_into(module, self.program, self.state.params)
-            self._fresh = self.state
-        return module
-
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
-        """All weights by name, whole, in host memory, on rank 0; on the other ranks nothing. Every rank has to call it."""
-        return saving.state_dict(self, exclude_frozen_parameters=exclude_frozen_parameters)
-
-    def save_checkpoint(self, save_dir: Any, tag: Any = None, client_state: Any = None, save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:  # fmt: skip
-        """See `saving.save_checkpoint`."""
-        return saving.save_checkpoint(self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
-
-    def load_checkpoint(self, load_dir: Any, tag: Any = None, load_module_strict: bool = True, load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[str | None, dict[str, Any] | None]:  # fmt: skip
-        """See `saving.load_checkpoint`."""
-        return saving.load_checkpoint(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn)  # fmt: skip
-
-    def save_16bit_model(self, save_dir: Any, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False) -> bool:  # fmt: skip
-        """See `saving.save_16bit_model`."""
-        return saving.save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
-
-    save_fp16_model = save_16bit_model
-
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Token ids, prompts in front: `inference.hybrid`, with the settings of ``hybrid_engine`` where that is enabled.
-
-        `options`: those of `fds.generate`, and ``max_length``, ``do_sample``, ``pad_token_id``, ``eos_token_id`` as transformers calls them.
-        """
-        from fds.deepspeed.generation import generate
-
-        return generate(self, input_ids, attention_mask, **options)
-
     def destroy(self) -> None:
         """Close monitors, and let go of what is held."""
         self.comms_logger.stop()
         self.monitor.close()
-        self._forget()
+        self._pending = Pending()
 
     def __getattr__(self, name: str) -> Any:
         """The model's own attributes (``engine.config`` is DeepSpeed's), as far as they are plain values: methods want a module with weights."""
@@ -515,7 +434,3 @@ def _section(section: Any) -> dict[str, Any]:
     """A section of the configuration as plain values: what is not given is left out."""
     found = attrs.asdict(section)
     return {k: {n: x for n, x in v.items() if x is not None} if isinstance(v, dict) else v for k, v in found.items() if v is not None}  # fmt: skip
-
-
-def _gradient(x: Tensor) -> Tensor:
-    return torch.zeros_like(x) if x.grad is None else x.grad

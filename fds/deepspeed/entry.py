@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,10 +14,12 @@ from fds.deepspeed import saving, zero
 from fds.deepspeed.chain import recipe
 from fds.deepspeed.config import DeepSpeedConfig
 from fds.deepspeed.engine import Engine
+from fds.deepspeed.errors import DeepSpeedConfigError
 from fds.deepspeed.front import EngineOptimizer, EngineScheduler, groups_for
 from fds.deepspeed.logging import log_dist, logger
-from fds.deepspeed.recipe import value
-from fds.deepspeed.version import __git_branch__, __git_hash__
+from fds.deepspeed.recipe import Recipe, value
+from fds.files import ranks as all_ranks
+from fds.version import __git_branch__, __git_hash__
 
 
 def initialize(
@@ -62,25 +65,13 @@ def initialize(
         raise ValueError(f"initialize: model is {type(model).__name__}, required a torch.nn.Module")
     _start(distributed_port, dist_init_required, args)
     found = _config(args, config if config is not None else config_params, model, mpu, mesh_param)
-    if found.log_level is not None:
-        logger.setLevel(found.log_level.upper())
-    if found.dump_state:
-        log_dist(str(found), ranks=[0])
     made = _optimizer(optimizer, model_parameters, model, lr_scheduler)
-    if made is None:
-        groups = clients.groups_of(found, model, model_parameters)
-    else:
-        groups = clients.of_torch(made, model, apart=lr_scheduler is not None or bool(found.scheduler.type))
-    groups = [_scheduled(g, None if lr_scheduler is not None else found) for g in groups]
-    frozen = clients.left_out(groups, model) if groups else []
-    plan = recipe(
-        found, model, groups=groups, frozen=clients.patterns(frozen, clients.trainable(model)) if frozen else ()
-    )
-    log_dist("the configuration is this program:\n" + plan.source(), ranks=[0])
-    built = plan.build(model=model)
+    groups = _groups(found, model, made, model_parameters, lr_scheduler)
+    plan = _plan(found, model, groups)
     front = _front(made, groups)
+    built = plan.build(model=model)
     schedules = [None if g.schedule is None else value(g.schedule, {}).learning_rate for g in groups]
-    engine = Engine(model, found, built, recipe=plan, optimizer=front, schedules=schedules, client=made, collate=collate_fn)  # fmt: skip
+    engine = Engine(model, found, built, recipe=plan, optimizer=front, schedules=schedules, collate=collate_fn)  # fmt: skip
     core: Any = engine.program.origin.core
     for module in {id(m): m for m in (model, core.module)}.values():
         zero.attach(module, engine, getattr(built.get("step"), "tx", None))  # for `zero.GatheredParameters`
@@ -90,6 +81,29 @@ def initialize(
     if made is not None:
         _release(made)
     return engine, front, engine.training_dataloader, engine.lr_scheduler
+
+
+def _groups(config: Any, model: nn.Module, made: Any, parameters: Any, scheduler: Any) -> list[clients.Group]:
+    """What is trained by which rule, of the client's optimizer or of the configuration's; with the configuration's schedule, unless the client has one."""
+    if made is None:
+        groups = clients.groups_of(config, model, parameters)
+    else:
+        groups = clients.of_torch(made, model, apart=scheduler is not None or bool(config.scheduler.type))
+    own = None if scheduler is not None else config
+    return [attrs.evolve(g, schedule=None if own is None else clients.schedule_of(own, g.params)) for g in groups]
+
+
+def _plan(config: Any, model: nn.Module, groups: list[clients.Group]) -> Recipe:
+    """The program, and a line of the log with it."""
+    frozen = clients.left_out(groups, model) if groups else []
+    patterns = clients.patterns(frozen, clients.trainable(model)) if frozen else ()
+    plan = recipe(config, model, groups=groups, frozen=patterns)
+    if config.log_level is not None:
+        logger.setLevel(config.log_level.upper())
+    if config.dump_state:
+        log_dist(str(config), ranks=[0])
+    log_dist("the configuration is this program:\n" + plan.source(), ranks=[0])
+    return plan
 
 
 def _version() -> str:
@@ -124,6 +138,8 @@ def _config(args: Any, config: Any, model: nn.Module, mpu: Any, mesh_param: Any)
     if config is None:
         raise ValueError("initialize: no configuration; give config=, or --deepspeed_config on the command line")
     found = config if isinstance(config, DeepSpeedConfig) else DeepSpeedConfig(config, mpu, model=model)
+    if found.world_size != all_ranks():
+        raise DeepSpeedConfigError(f"initialize: the configuration was read for {_ranks(found.world_size)}, and the job has {_ranks(all_ranks())}; read it by DeepSpeedConfig(..., world_size={all_ranks()}), or give initialize its path or dictionary", ["world_size"])  # fmt: skip
     if mesh_param is not None:
         sizes = tuple(int(n) for n in mesh_param)
         if len(sizes) != 2 or sizes[1] != 1 or sizes[0] != found.data_parallel_size:
@@ -132,6 +148,10 @@ def _config(args: Any, config: Any, model: nn.Module, mpu: Any, mesh_param: Any)
     if found.data_parallel_size * tp != found.world_size:
         raise ValueError(f"initialize: {found.data_parallel_size} data-parallel ranks (mpu) times tensor_parallel.autotp_size {tp} are not the {found.world_size} ranks of the job; set autotp_size to the model-parallel ranks")  # fmt: skip
     return found
+
+
+def _ranks(n: int) -> str:
+    return f"{n} rank{'s' * (n > 1)}"
 
 
 def _optimizer(given: Any, parameters: Any, model: nn.Module, scheduler: Any) -> torch.optim.Optimizer | None:
@@ -159,12 +179,6 @@ def _same(optimizer: torch.optim.Optimizer, parameters: Any) -> bool:
     return not flat or {id(p) for p in flat} >= {id(p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad}  # fmt: skip
 
 
-def _scheduled(group: clients.Group, config: Any) -> clients.Group:
-    import attrs
-
-    return attrs.evolve(group, schedule=None if config is None else clients.schedule_of(config, group.params))
-
-
 def _front(made: torch.optim.Optimizer | None, groups: list[clients.Group]) -> EngineOptimizer | None:
     if not groups:
         return None
@@ -183,7 +197,7 @@ def _scheduler(given: Any, front: EngineOptimizer | None, made: Any, config: Any
             raise ValueError("initialize: a scheduler without an optimizer")
         return None
     if given is not None:
-        engine._client = made if made is not None else front
+        engine._scheduled = made if made is not None else front
         if isinstance(given, torch.optim.lr_scheduler.LRScheduler) or not callable(given):
             if getattr(given, "optimizer", made) is not made:
                 raise ValueError("initialize: lr_scheduler belongs to another optimizer than the one that is given")
@@ -196,6 +210,7 @@ def _release(made: torch.optim.Optimizer) -> None:
     """The client's optimizer keeps its numbers, and lets go of the parameters, which are the engine's now."""
     for group in made.param_groups:
         group["params"] = [nn.Parameter(torch.empty(0))]
+    made.state.clear()
 
 
 __all__ = ["initialize"]

@@ -25,7 +25,7 @@ def explain(config: DeepSpeedConfig, model: nn.Module) -> str:
     parts.append(f"# Chain\n{made.source()}".rstrip())
     if config.optimizer.type:
         step = abstract(config, model)
-        parts += [_memory(config, step), _traffic(step)]
+        parts += [_memory(config, step), _traffic(config, step)]
     else:
         parts.append(
             "# Memory and traffic\nof the optimizer that initialize is given; there is none in the configuration"
@@ -47,8 +47,8 @@ def _memory(config: DeepSpeedConfig, step: Any) -> str:
     return "\n".join(["# Memory of a rank, without activations", *lines, f"{'on the device':34}{_mib(m.device):>14}"])
 
 
-def _traffic(step: Any) -> str:
-    rows = [f"{m.operation:16}{m.axis:8}{_mib(m.nbytes):>14}{'' if m.exact else '  before it is quantised'}" for m in traffic(step)]  # fmt: skip
+def _traffic(config: DeepSpeedConfig, step: Any) -> str:
+    rows = [f"{m.operation:16}{m.axis:8}{_mib(m.nbytes):>14}{'' if m.exact else '  before it is quantised'}" for m in traffic(config, step)]  # fmt: skip
     return "\n".join(["# Traffic of a step: whole buffers, each rank", *(rows or ["none: one rank"])])
 
 

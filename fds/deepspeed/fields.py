@@ -135,6 +135,14 @@ MAPPING = Kind("a section { }", lambda v: dict(as_mapping(v)))
 PATH = Kind("a path", lambda v: str(v) if hasattr(v, "__fspath__") else _string(v))
 
 
+def _never(value: Any) -> None:
+    if value != math.inf:
+        raise ValueError("not infinity")
+
+
+NEVER = Kind("infinity", _never)
+
+
 def integer(low: int | None = None, of: int = 1) -> Kind:
     """Whole numbers, as 5 or 5e8, at least `low`, multiples of `of`.
 

@@ -229,12 +229,11 @@ def _one_bit(function: str, *more: str, corrected: bool = False) -> Callable[[_G
     def make(p: _Given) -> Rule:
         if p["eps_inside_sqrt"]:
             raise p.refuse("eps_inside_sqrt", "and DeepSpeed itself never reads it there; leave it out")
-        if not corrected and "bias_correction" in p and p["bias_correction"]:
+        if not corrected and p["bias_correction"]:
             raise p.refuse("bias_correction", "and the method has none; leave it out")
         names = {"max_coeff": "max_ratio", "min_coeff": "min_ratio"}
         own = {names.get(k, k): p[k] for k in more}
-        # Without being told DeepSpeed corrects nothing, whatever its default says.
-        own |= {"bias_correction": True} if corrected and "bias_correction" in p and p["bias_correction"] else {}
+        own |= {"bias_correction": True} if p["bias_correction"] else {}
         return Rule(function, p.common("eps", "weight_decay", **own))
 
     return make

@@ -35,7 +35,7 @@ def save_checkpoint(engine: "Engine", save_dir: Any, tag: Any, client_state: Any
     if exclude_frozen:
         raise ValueError("save_checkpoint: exclude_frozen_parameters=True: a checkpoint has all of the state; for the trained part alone: engine.save_16bit_model(..., exclude_frozen_parameters=True)")  # fmt: skip
     step = engine._trained("save_checkpoint")
-    if engine._backwards or engine.micro_steps % engine.gradient_accumulation_steps():
+    if engine._pending.backwards or engine.micro_steps % engine.gradient_accumulation_steps():
         log_dist("save_checkpoint: in the middle of an accumulation; its gradients so far are not in the checkpoint", ranks=[0])  # fmt: skip
     name = f"global_step{engine.global_steps}" if tag is None else str(tag)
     loader = getattr(engine.training_dataloader, "state_dict", None)
@@ -79,14 +79,16 @@ def load_checkpoint(engine: "Engine", load_dir: Any, tag: Any, strict: bool, opt
 
     Args:
         tag: of the checkpoint. Default: what ``latest`` names.
-        optimizer: False: take the parameters alone, the optimizer begins anew.
-        scheduler: False: schedulers and counters begin anew.
-        module_only: the parameters alone, and no counters.
+        optimizer, scheduler: False: the optimizer begins anew; schedulers and counters begin anew. The configuration's scheduler is a function of the
+            optimizer's count of updates, and one of them alone is a `ValueError`; a scheduler of the client's is apart from it.
+        module_only: the parameters alone; all else begins anew.
         strict, custom: anything but True and None is a `ValueError`.
     """
     if strict is not True or custom is not None:
         raise ValueError("load_checkpoint: load_module_strict=False and custom_load_fn are not there; take what fits with fds.load_state or fds.load, and engine.state")  # fmt: skip
     step = engine._trained("load_checkpoint")
+    if engine.config.scheduler.type and engine._scheduled is None and optimizer is not scheduler and not module_only:
+        raise ValueError(f"load_checkpoint: load_optimizer_states={optimizer}, load_lr_scheduler_states={scheduler}: the configuration's scheduler, {engine.config.scheduler.type}, is a function of the optimizer's count of updates; give both the same, or a scheduler of torch's as lr_scheduler=")  # fmt: skip
     folder, found = Path(load_dir), ""
     with together(f"load_checkpoint({load_dir})"):
         found = _find(folder, tag) if rank() == 0 else ""
@@ -107,9 +109,10 @@ def load_checkpoint(engine: "Engine", load_dir: Any, tag: Any, strict: bool, opt
         state = state._replace(optimizer=fresh.optimizer, loss_scale=fresh.loss_scale)
         state = fresh if module_only else state
     engine.state, engine.metrics, engine._fresh = state, {}, None
-    counters = extra.get("counters") or {"global_steps": int(state.step), "skipped_steps": int(state.skipped), "global_samples": int(state.step) * engine.train_batch_size()}  # fmt: skip
-    for k, v in counters.items() if not module_only else ():
-        setattr(engine, k, v)
+    known = {"global_steps": int(state.step), "skipped_steps": int(state.skipped), "global_samples": int(state.step) * engine.train_batch_size()}  # fmt: skip
+    again = module_only or not scheduler
+    for k, v in (extra.get("counters") or known).items():
+        setattr(engine, k, 0 if again else v)
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     _resume_numbers(engine, extra, scheduler=scheduler and not module_only, optimizer=optimizer and not module_only)
     data = extra.get("data")
@@ -124,7 +127,7 @@ def _resume_numbers(engine: "Engine", extra: Mapping[str, Any], *, scheduler: bo
         return
     if optimizer and extra.get("optimizer"):
         engine.optimizer.load_state_dict(extra["optimizer"])
-    if scheduler and engine._client is not None and engine.lr_scheduler is not None and extra.get("lr_scheduler"):
+    if scheduler and engine._scheduled is not None and engine.lr_scheduler is not None and extra.get("lr_scheduler"):
         engine.lr_scheduler.load_state_dict(extra["lr_scheduler"])
     engine._hyper.forget()
     engine._show()

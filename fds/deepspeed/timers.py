@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import attrs
 
 from fds import tree
-from fds.deepspeed.accelerator import get_accelerator
+from fds.accelerator import get_accelerator
 
 _SAMPLES = "Train/Samples/"
 _EVENTS = {"fwd": "forward", "bwd": "backward", "bwd_inner": "backward_inner", "bwd_allreduce": "backward_allreduce", "step": "step"}  # fmt: skip

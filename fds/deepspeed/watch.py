@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fds.deepspeed.accelerator import get_accelerator
+from fds.accelerator import get_accelerator
 from fds.deepspeed.batches import arguments, loss_in, named
 from fds.deepspeed.logging import log_dist
 from fds.deepspeed.timers import breakdown_events, breakdown_line, due, progress_line, step_events
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 def reported(engine: "Engine") -> None:
-    """After a step: the line of ``steps_per_print``, that of ``wall_clock_breakdown``, and the monitors' events."""
+    """After a step: the lines of ``steps_per_print``, ``memory_breakdown`` and ``wall_clock_breakdown``, and the monitors' events."""
     config, rate = engine.config, engine.throughput.step() if engine.throughput is not None else None
     if due(engine.global_steps, config.steps_per_print):
         line = progress_line(engine.global_steps, engine.skipped_steps, engine.get_lr(), engine.get_mom())
-        line += "" if rate is None else f", samples/s={rate:.2f}"
-        log_dist(line + (f", {memory_line()}" if config.memory_breakdown else ""), ranks=[0])
+        log_dist(line + ("" if rate is None else f", samples/s={rate:.2f}"), ranks=[0])
+    if config.memory_breakdown:
+        log_dist(memory_line(), ranks=[0])
     times = engine.timers.milliseconds() if engine.timers is not None else {}
     if times:
         log_dist(breakdown_line(times), ranks=[0])
@@ -33,7 +34,7 @@ def reported(engine: "Engine") -> None:
 
 
 def memory_line() -> str:
-    """What ``memory_breakdown`` adds to the line of ``steps_per_print``."""
+    """What ``memory_breakdown`` says after a step."""
     a = get_accelerator()
     return f"memory now {a.memory_allocated() / 2**30:.2f} GiB, most {a.max_memory_allocated() / 2**30:.2f} GiB"
 
@@ -46,11 +47,16 @@ def skipped_line(engine: "Engine") -> str:
     return f"step {engine.global_steps} was skipped: not finite: {', '.join(bad[:3]) or 'the loss'}{more}{scale}"
 
 
-def profiled(engine: "Engine", program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Print the profile of a call, backward included where the model computes a loss, on rank 0: counted without computing."""
+def profiled_once(engine: "Engine", program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Print the profile of the first call at the step that ``flops_profiler`` names, backward included where the model computes a loss, on rank 0:
+    counted without computing."""
+    due_now = engine.training and engine.global_steps == engine.config.flops_profiler.profile_step
+    if not due_now or engine._profiled:
+        return
+    engine._profiled = True
     if rank() != 0:
         return
-    from fds.deepspeed import profiler
+    from fds.deepspeed import profiler, profiles
 
     section, batch = engine.config.flops_profiler, named(args, kwargs)
 
@@ -68,8 +74,8 @@ def profiled(engine: "Engine", program: Program, args: Sequence[Any], kwargs: Ma
             found = profiler.profile(value_and_grad(loss, wrt=program), stored, batch, of=program)
         except ValueError:  # no loss in the output: forward alone
             found = profiler.profile(forward, stored, batch, of=program)
-    text = profiler.lines(found, module_depth=section.module_depth, top_modules=section.top_modules, detailed=section.detailed)  # fmt: skip
-    profiler.write(text, section.output_file)
+    text = profiles.lines(found, module_depth=section.module_depth, top_modules=section.top_modules, detailed=section.detailed)  # fmt: skip
+    profiles.write(text, section.output_file)
 
 
-__all__ = ["memory_line", "profiled", "reported", "skipped_line"]
+__all__ = ["memory_line", "profiled_once", "reported", "skipped_line"]

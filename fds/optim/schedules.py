@@ -107,17 +107,7 @@ def one_cycle(
     >>> [round(float(cycle(torch.tensor(i))), 2) for i in range(9)]
     [1.0, 2.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5, 0.33]
     """
-    checked("low", low)
-    checked("high", high)
-    checked("decay_rate", decay_rate)
-    height, total = cycle_height(first_steps, second_steps, first_stairs, second_stairs)
-    decay = decay_rate / decay_steps if decay_steps else 0.0
-
-    def schedule(count: Tensor) -> Tensor:
-        after = (count.double() - total).clamp(min=0.0)
-        return torch.where(count >= total + 1, low / (1 + decay * after), low + (high - low) * height(count))
-
-    return schedule
+    return _cycle(low, high, True, (first_steps, second_steps, first_stairs, second_stairs), decay_rate, decay_steps)
 
 
 def one_cycle_momentum(
@@ -132,15 +122,21 @@ def one_cycle_momentum(
     decay_steps: float = 0,
 ) -> Schedule:
     """The momentum that goes with `one_cycle`: down from `high` to `low` where the rate goes up, and back; then ``high (1 + decay_rate n / decay_steps)``."""
-    checked("low", low)
-    checked("high", high)
-    checked("decay_rate", decay_rate)
-    height, total = cycle_height(first_steps, second_steps, first_stairs, second_stairs)
-    growth = decay_rate / decay_steps if decay_steps else 0.0
+    return _cycle(low, high, False, (first_steps, second_steps, first_stairs, second_stairs), decay_rate, decay_steps)
+
+
+def _cycle(low: float, high: float, up: bool, shape: tuple[float, float | None, int, int | None], decay_rate: float, decay_steps: float) -> Schedule:  # fmt: skip
+    """From one end to the other and back, up or down first; then on from where it began."""
+    for name, value in {"low": low, "high": high, "decay_rate": decay_rate}.items():
+        checked(name, value)
+    height, total = cycle_height(*shape)
+    decay = decay_rate / decay_steps if decay_steps else 0.0
+    start, turn = (low, high) if up else (high, low)
 
     def schedule(count: Tensor) -> Tensor:
-        after = (count.double() - total).clamp(min=0.0)
-        return torch.where(count >= total + 1, high * (1 + growth * after), high - (high - low) * height(count))
+        grown = 1 + decay * (count.double() - total).clamp(min=0.0)
+        after = start / grown if up else start * grown
+        return torch.where(count >= total + 1, after, start + (turn - start) * height(count))
 
     return schedule
 

@@ -5,6 +5,7 @@ import zoo
 
 from fds.deepspeed import DeepSpeedConfig, DeepSpeedConfigError
 from fds.deepspeed.chain import recipe
+from fds.deepspeed.client import groups_of
 from fds.deepspeed.recipe import Call, Line, Name, Recipe
 
 ADAM = {"type": "AdamW", "params": {"lr": 1e-3}}
@@ -42,6 +43,8 @@ CHAINS = {
     "persistent": (zero(3, stage3_param_persistence_threshold=100), f"fds.shard({DP}, threshold=100)"),
     "large": (zero(3, stage3_max_live_parameters=100), f'fds.shard({DP}), fds.checkpoint("matmul")'),
     "mics": (zero(3, mics_shard_size=2), 'fds.shard(mesh["local"]), fds.replicate(mesh["node"])'),
+    "mics, sum": ({**zero(3, mics_shard_size=2), "gradient_allreduce_op": "sum"}, 'fds.shard(mesh["local"], reduce="sum"), fds.replicate(mesh["node"], reduce="sum")'),
+    "tensor parallel, stage 2": ({**zero(2), "bf16": {"enabled": True}, "tensor_parallel": {"autotp_size": 2}}, f'fds.tensor_parallel(mesh["tp"]), fds.shard({DP}), fds.cast("bfloat16")'),
     "hpz": (zero(3, zero_hpz_partition_size=2), 'fds.shard(mesh["local"]), fds.checkpoint("matmul"), fds.shard(mesh["node"])'),
     "zero++": (zero(3, zero_quantized_weights=True, zero_quantized_gradients=True, zeropp_loco_param={"err_beta": 0.5}),
                f'fds.shard({DP}), fds.quantized(weights="int8", gradients="int4", feedback=fds.sharding.ErrorFeedback(beta=0.5, reset=1024))'),
@@ -67,6 +70,7 @@ OPTIMIZERS = {
     "zero-1": (zero(1), f"fds.optim.sharded({RULE}, {DP})"),
     "masters": ({**zero(2), "bf16": {"enabled": True}}, f"fds.optim.sharded(fds.optim.with_master({RULE}), {DP})"),
     "wide sums": ({**zero(2), "bf16": {"enabled": True}, "communication_data_type": "fp32"}, f"fds.optim.sharded(fds.optim.with_master({RULE}), {DP}, sum_dtype=torch.float32)"),
+    "beside tensor parallelism": ({**zero(2), "bf16": {"enabled": True}, "tensor_parallel": {"autotp_size": 2}}, RULE),
     "away": (zero(2, offload_optimizer={"device": "cpu"}), f"fds.optim.sharded(fds.optim.streamed({RULE}, host), {DP})"),
     "in files": (zero(3, offload_optimizer={"device": "nvme", "nvme_path": "/x"}), f"fds.optim.streamed({RULE}, files)"),
     "lion": ({"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}, "fds.optim.lion(0.0001, b1=0.9, b2=0.999, weight_decay=0.0)"),
@@ -89,6 +93,9 @@ def test_other_lines():
     assert lines({"fp16": {"enabled": True}})["step"].endswith(
         "loss_scale=fds.DynamicLossScale(initial_power=16, window=1000, hysteresis=2, consecutive_hysteresis=False, minimum=1.0))"
     )
+    low = lines({"torch_autocast": {"enabled": True, "dtype": "fp16"}})
+    assert low["step"].endswith("loss_scale=fds.DynamicLossScale(window=2000, hysteresis=1))")
+    assert "loss_scale" not in lines({"torch_autocast": {"enabled": True}})["step"]
     assert lines({"tensor_parallel": {"autotp_size": 2}})["mesh"] == "fds.sharding.mesh(dp=-1, tp=2)"
     aio = {"block_size": 8192, "intra_op_parallelism": 2}
     files = lines({**zero(3, offload_param={"device": "nvme", "nvme_path": "/x", "max_in_cpu": 1000}, offload_optimizer={"device": "nvme", "nvme_path": "/x"}), "aio": aio})  # fmt: skip
@@ -101,11 +108,22 @@ def test_other_lines():
 def test_what_does_not_fit_names_its_key():
     for given, key in (
         ({"communication_data_type": "fp16"}, "communication_data_type"),
-        ({**zero(3, mics_shard_size=2), "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
-    ):
+        ({**zero(2), "communication_data_type": "bf16"}, "communication_data_type"),
+        ({**zero(2), "fp16": {"enabled": True}, "communication_data_type": "fp16"}, "communication_data_type"),
+        ({"bf16": {"enabled": True}, "optimizer": {"type": "OneBitAdam"}, "communication_data_type": "bf16"}, "communication_data_type"),
+        ({**zero(3, mics_shard_size=2), "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size, zero_optimization.mics_shard_size"),
+    ):  # fmt: skip
         with pytest.raises(DeepSpeedConfigError) as error:
             lines(given)
-        assert error.value.keys == (key,)
+        assert ", ".join(error.value.keys) == key
+
+
+def test_one_bit_has_one_group():
+    model = zoo.build("llama")
+    groups = [{"params": [model.lm_head.weight], "weight_decay": 0.1}, {"params": [model.model.norm.weight]}]
+    found = DeepSpeedConfig.load({"train_batch_size": 2, "optimizer": {"type": "OneBitAdam"}})
+    with pytest.raises(DeepSpeedConfigError, match=r"optimizer\.type='OneBitAdam'.*there are 2 groups"):
+        recipe(found, model, groups=groups_of(found, model, groups))
 
 
 def test_a_recipe_prints_what_it_runs():

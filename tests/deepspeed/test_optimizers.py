@@ -122,6 +122,15 @@ def test_a_schedule_is_the_rate_of_all(type):
     assert "learning_rate" not in optim.get_hyperparams(tx.init(params()))
 
 
+@pytest.mark.parametrize("type", OPTIMIZERS)
+def test_a_default_that_is_written_down_changes_nothing(type):
+    """What the table says is the default, is what is made without it."""
+    plain = repr(rule(type))
+    for k, (default, _) in OPTIMIZERS[type].items():
+        if default is not None and (type, k) not in {("Muon", "lr"), ("Muon", "weight_decay")}:
+            assert repr(rule(type, {k: default})) == plain, k
+
+
 def test_what_changes_nothing_is_said():
     given = {"lr": 1e-3, "cuda_aware": False, "comm_backend_name": "nccl"}
     build("OneBitAdam", given, axis=ONE)

@@ -10,7 +10,8 @@ from torch import nn
 
 import fds
 from fds.deepspeed.flops import Cost
-from fds.deepspeed.profiler import get_model_profile, lines, number, profile, timed
+from fds.deepspeed.profiler import get_model_profile, profile, timed
+from fds.deepspeed.profiles import lines, number
 
 
 def gradients(program, loss=None):

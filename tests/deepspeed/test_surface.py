@@ -3,17 +3,18 @@
 import json
 import logging
 import mmap
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ranks
 import torch
 
 import fds
-from fds import report
-from fds.deepspeed import accelerator, version
-from fds.deepspeed.accelerator import Accelerator, get_accelerator
+from fds import accelerator, report, version
+from fds.accelerator import Accelerator, get_accelerator
 from fds.deepspeed.logging import log_dist, logger
 
 
@@ -76,7 +77,9 @@ def test_a_processors_memory_is_the_process():
     a = Accelerator("cpu")
     before = a.memory_allocated()
     held = torch.frombuffer(mmap.mmap(-1, 2**26), dtype=torch.uint8).fill_(1)  # new pages, whatever the heap has kept
-    assert a.memory_allocated() - before > 0.9 * held.nbytes
+    assert (
+        a.memory_allocated() - before > 0.5 * held.nbytes
+    )  # resident pages: the system may take some of files back meanwhile
     assert a.max_memory_allocated() >= a.memory_allocated() - 2**20
     assert a.total_memory() > a.available_memory() > 0
     with pytest.raises(ValueError, match="no reset_peak_memory_stats"):
@@ -167,6 +170,15 @@ def test_the_core_import_stays_light():
     script = "import sys, torch; before = set(sys.modules)\n" + script
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_nothing_in_the_core_imports_the_front_door():
+    root = Path(fds.__file__).parent
+    core = [p for p in root.rglob("*.py") if p.relative_to(root).parts[0] != "deepspeed"]
+    assert len(core) > 50
+    assert [p for p in core if re.search(r"(from|import) fds\.deepspeed\b", p.read_text())] == [
+        root / "__init__.py"
+    ]  # for types alone; see above
 
 
 # --- the report ---

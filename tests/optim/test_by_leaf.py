@@ -1,16 +1,14 @@
 """`sharded` of optimizers that look at whole leaves: two ranks follow one process, in the bytes and the memory that are promised."""
 
+import by_ranks
 import pytest
 import ranks
 import torch
+from by_ranks import ONE, close, gradients, same, whole
 
 import fds
 from fds import optim, tree
 from fds.optim.by_leaf import owners
-from fds.sharding import collectives
-from fds.sharding.mesh import Axis
-
-ONE = Axis("dp", 1, 0, "")
 
 
 def rule(name):
@@ -32,54 +30,19 @@ def params():
     return {"": out, "h.0": {"half": torch.randn(7, generator=g).bfloat16(), "w": torch.randn(2, 4, generator=g)}}
 
 
-def gradients(step, rank):
-    g = torch.Generator().manual_seed(10 * step + rank)
-    return tree.map(lambda p: torch.randn(p.shape, generator=g).to(p.dtype), params())
-
-
-def mean_gradients(step, n):
-    parts = [gradients(step, r) for r in range(n)]
-    return tree.map(lambda *g: (sum(x.float() for x in g) / n).to(g[0].dtype), *parts)
-
-
-def whole(name, n, steps=4):
-    tx, p = rule(name), params()
-    state = tx.init(p)
-    for i in range(steps):
-        updates, state = tx.update(mean_gradients(i, n), state, p)
-        p = optim.apply_updates(p, updates)
-    return p
-
-
 def split(name, n, bucket_bytes=2**25, compiled=False):
     axis = fds.sharding.mesh(dp=n)["dp"] if n > 1 else ONE
-    tx, p = optim.sharded(rule(name), axis, bucket_bytes=bucket_bytes), params()
-    state = tx.init(p)
-
-    def step(p, leaves, g):
-        updates, new = tx.update(tx.reduce(g), tree.rebuild(state, iter(leaves)), p)
-        return optim.apply_updates(p, updates), tree.flat(new)
-
-    step = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
-    leaves = tree.flat(state)
-    for i in range(4):
-        with collectives.record() as traffic:
-            p, leaves = step(p, leaves, gradients(i, axis.rank))
+    tx = optim.sharded(rule(name), axis, bucket_bytes=bucket_bytes)
+    p, leaves, traffic = by_ranks.split(tx, params(), axis, compiled=compiled)
     return p, [x.numel() for x in leaves if x.dim()], dict(traffic.calls), dict(traffic.bytes)
-
-
-def close(got, want):
-    for a, b in zip(tree.leaves(got), tree.leaves(want), strict=True):
-        eps = torch.finfo(a.dtype).eps
-        torch.testing.assert_close(a, b, rtol=16 * eps, atol=16 * eps)
 
 
 @pytest.mark.parametrize(("name", "compiled"), [("lamb", False), ("muon", False), ("master", False), ("muon", True)])
 def test_two_ranks_equal_one_process(name, compiled):
     results = ranks.run(2, split, name, 2, 2**25, compiled)
     for got, *_ in results:
-        close(got, whole(name, 2))
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(results[0][0]), tree.leaves(results[1][0]), strict=True))
+        close(got, whole(rule(name), params(), 2), 16)
+    assert same(results[0][0], results[1][0])
 
 
 def test_traffic_and_memory_are_the_closed_forms():
@@ -93,7 +56,7 @@ def test_traffic_and_memory_are_the_closed_forms():
 def test_buckets_change_no_bit():
     got, want = (ranks.run(2, split, "muon", 2, size)[0] for size in (24, 2**25))
     assert got[2]["scatter"] > want[2]["scatter"]
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(got[0]), tree.leaves(want[0]), strict=True))
+    assert same(got[0], want[0])
 
 
 def in_place(bucket_bytes):
@@ -103,7 +66,9 @@ def in_place(bucket_bytes):
     for i in range(4):
         homes = [x.data_ptr() for x in tree.leaves(p)]
         ok = torch.tensor(i != 2)
-        p, state = tx.step(tx.reduce(gradients(i, axis.rank)), state, p, norm=norm_of(axis), ok=ok, donated=True)
+        p, state = tx.step(
+            tx.reduce(gradients(params(), i, axis.rank)), state, p, norm=norm_of(axis), ok=ok, donated=True
+        )
         assert [x.data_ptr() for x in tree.leaves(p)] == homes
     return p
 
@@ -114,18 +79,14 @@ def norm_of(axis):
 
 @pytest.mark.parametrize("bucket_bytes", [24, 2**25])
 def test_a_donated_step_writes_over_the_parameters(bucket_bytes):
-    tx, want = rule("muon"), params()
-    state = tx.init(want)
-    for i in (0, 1, 3):
-        updates, state = tx.update(mean_gradients(i, 2), state, want)
-        want = optim.apply_updates(want, updates)
+    want = whole(rule("muon"), params(), 2, (0, 1, 3))
     for got in ranks.run(2, in_place, bucket_bytes):
-        close(got, want)
+        close(got, want, 16)
 
 
 @pytest.mark.parametrize("name", ["lamb", "muon"])
 def test_one_rank_needs_no_group(name):
-    close(split(name, 1)[0], whole(name, 1))
+    close(split(name, 1)[0], whole(rule(name), params(), 1), 16)
 
 
 def test_leaves_go_to_the_rank_that_has_least():

@@ -139,3 +139,11 @@ def test_scheduled_momentum_is_torchs_with_its_groups_changed():
     torch.testing.assert_close(p["w"], w.detach())
     with pytest.raises(ValueError, match=r"no hyperparameter 'b1'"):
         optim.scheduled(optim.sgd(0.1), b1=lambda n: n).init(p)
+
+
+def test_update_alone_clips_by_the_norm_of_all():
+    tx = optim.grouped({k: clipped(lambda: optim.sgd(1.0)) for k in ("one", "two")}, {"one": "a", "two": "*"})
+    p = {"": {"a": torch.zeros(1), "b": torch.zeros(1)}}
+    grads = {"": {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}}
+    updates, _ = tx.update(grads, tx.init(p), p)
+    torch.testing.assert_close(updates[""], {"a": torch.tensor([-0.3]), "b": torch.tensor([-0.4])})

@@ -1,15 +1,14 @@
 """`sharded` over ranks equals one process; `offloaded` changes no value."""
 
+import by_ranks
 import pytest
 import ranks
 import torch
+from by_ranks import ONE, close, gradients, same, whole
 
 import fds
 from fds import optim, tree
-from fds.sharding import collectives, mesh
-from fds.sharding.mesh import Axis
-
-ONE = Axis("dp", 1, 0, "")
+from fds.sharding import mesh
 
 
 def rule(name):
@@ -24,55 +23,19 @@ def params():
     return {"": out, "h.0": {"half": torch.randn(7, generator=g).bfloat16()}}
 
 
-def gradients(step, rank):
-    g = torch.Generator().manual_seed(10 * step + rank)
-    return tree.map(lambda p: torch.randn(p.shape, generator=g).to(p.dtype), params())
-
-
-def mean_gradients(step, n):
-    parts = [gradients(step, r) for r in range(n)]
-    return tree.map(lambda *g: (sum(x.float() for x in g) / n).to(g[0].dtype), *parts)
-
-
-def whole(name, n, steps=4):
-    tx, p = rule(name), params()
-    state = tx.init(p)
-    for i in range(steps):
-        updates, state = tx.update(mean_gradients(i, n), state, p)
-        p = optim.apply_updates(p, updates)
-    return p
-
-
-def split(name, n, steps=4, compiled=False):
+def split(name, n, compiled=False):
     axis = mesh(dp=n)["dp"] if n > 1 else ONE
-    tx, p = optim.sharded(rule(name), axis), params()
-    state = tx.init(p)
-
-    def step(p, leaves, g):
-        updates, new = tx.update(tx.reduce(g), tree.rebuild(state, iter(leaves)), p)
-        return optim.apply_updates(p, updates), tree.flat(new)
-
-    step = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
-    leaves = tree.flat(state)
-    for i in range(steps):
-        with collectives.record() as traffic:
-            p, leaves = step(p, leaves, gradients(i, axis.rank))
+    p, leaves, traffic = by_ranks.split(optim.sharded(rule(name), axis), params(), axis, compiled=compiled)
     return p, tree.nbytes(leaves), dict(traffic.calls), dict(traffic.bytes)
-
-
-def close(got, want):
-    for a, b in zip(tree.leaves(got), tree.leaves(want), strict=True):
-        eps = torch.finfo(a.dtype).eps  # bfloat16 updates are rounded before they are gathered
-        torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "offloaded"])
 def test_two_ranks_equal_one_process(name, compiled):
-    results = ranks.run(2, split, name, 2, 4, compiled)
+    results = ranks.run(2, split, name, 2, compiled)
     for got, *_ in results:
-        close(got, whole(name, 2))
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(results[0][0]), tree.leaves(results[1][0]), strict=True))
+        close(got, whole(rule(name), params(), 2), 8)
+    assert same(results[0][0], results[1][0])
 
 
 def test_traffic_and_memory_are_the_closed_forms():
@@ -87,7 +50,7 @@ def test_traffic_and_memory_are_the_closed_forms():
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "offloaded"])
 def test_one_rank_needs_no_group(name):
-    close(split(name, 1)[0], whole(name, 1))
+    close(split(name, 1)[0], whole(rule(name), params(), 1), 8)
 
 
 def test_sharded_inside_of_others_is_refused():
@@ -102,10 +65,10 @@ def test_offloaded_changes_no_value(name):
     plain, moved = rule(name), optim.offloaded(rule(name))
     p, a, b = params(), plain.init(params()), moved.init(params())
     for i in range(4):
-        g = gradients(i, 0)
+        g = gradients(p, i, 0)
         want, a = plain.update(g, a, p)
         got, b = moved.update(g, b, p)
-        assert all(torch.equal(x, y) for x, y in zip(tree.leaves(got), tree.leaves(want), strict=True))
+        assert same(got, want)
         p = optim.apply_updates(p, want)
     assert {x.device.type for x in tree.leaves(b)} <= {"cpu"}
 

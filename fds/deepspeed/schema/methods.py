@@ -26,7 +26,10 @@ _WIRE: Params = {
     "cuda_aware": (False, BOOLEAN),
     "comm_backend_name": ("nccl", TEXT),
 }  # of the one-bit family; groups are torch's here
-_ONE_BIT: Params = {**{k: v for k, v in _ADAM.items() if k in ("lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad")}, "eps_inside_sqrt": (False, BOOLEAN), **_WIRE}  # fmt: skip
+_ONE_BIT: Params = {
+    **{k: v for k, v in _ADAM.items() if k in ("lr", "betas", "eps", "weight_decay", "amsgrad")},
+    "bias_correction": (False, BOOLEAN), "eps_inside_sqrt": (False, BOOLEAN), **_WIRE,
+}  # fmt: skip
 
 OPTIMIZERS: dict[str, Params] = {
     "Adam": _ADAM,

@@ -54,7 +54,7 @@ class TorchAutocast:
     """ "torch_autocast"."""
 
     enabled: bool = key(False, BOOLEAN, "yes", "the model's call runs in `torch.autocast`; parameters, gradients and the wire stay float32")
-    dtype: str | None = key(None, maybe(DTYPE), "yes", "of the autocast; null: bfloat16")
+    dtype: str | None = key(None, maybe(DTYPE), "yes", "of the autocast; null: bfloat16. float16 has a loss scale by the numbers of torch.amp.GradScaler")
     lower_precision_safe_modules: list[str] | None = key(None, maybe(listing(TEXT)), "no", "which operators run in the lower dtype is torch's list; modules are not asked")
 
 

@@ -168,7 +168,7 @@ class TPGroup:
 class TensorParallel:
     """ "tensor_parallel"."""
 
-    autotp_size: int = key(0, integer(0), "yes", '`tensor_parallel(mesh["tp"])` over so many ranks, before everything else; with all stages')
+    autotp_size: int = key(0, integer(0), "yes", '`tensor_parallel(mesh["tp"])` over so many ranks, before everything else; with all stages (at 1 and 2 parameters are in shards too, as at 3); a mesh with nodes is not there')
     preset_model: str | None = key(None, maybe(one_of("llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3")), "design", "the plan is the model's own (transformers), else by the names of its layers; `sharding.plan_of(module)` prints it")
     partition_config: Mapping[str, Any] | None = key(None, maybe(MAPPING), "no", 'write the chain: `tensor_parallel(mesh["tp"], plan={"*.q_proj": "column", "*.o_proj": "row"})`')
     tp_overlap_comm: bool = key(False, BOOLEAN, "design", "as zero_optimization.overlap_comm")

@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from fds.deepspeed.fields import BOOLEAN, integer, key, maybe, number, off, one_of, section
+from fds.deepspeed.fields import BOOLEAN, NEVER, either, integer, key, maybe, number, off, one_of, section
 from fds.deepspeed.schema.methods import Optimizer, Scheduler
 from fds.deepspeed.schema.precision import BF16, FP16, DataTypes, TorchAutocast
 from fds.deepspeed.schema.tools import (
@@ -58,9 +58,9 @@ class Top:
     compile: Compile = section(Compile)
     checkpoint: Checkpoint = section(Checkpoint)
     curriculum_learning: CurriculumLearning = section(CurriculumLearning)
-    steps_per_print: int | None = key(None, maybe(integer(1)), "yes", "a line on rank 0 every so many steps")
-    wall_clock_breakdown: bool = key(False, BOOLEAN, "yes", "times of phases in that line")
-    memory_breakdown: bool = key(False, BOOLEAN, "yes", "memory in that line")
+    steps_per_print: int | None = key(None, maybe(either(integer(1), NEVER)), "yes", "a line on rank 0 every so many steps; null or infinity (accelerate): never")
+    wall_clock_breakdown: bool = key(False, BOOLEAN, "yes", "times of phases: a line after each step")
+    memory_breakdown: bool = key(False, BOOLEAN, "yes", "memory: a line after each step")
     dump_state: bool = key(False, BOOLEAN, "yes", "rank 0 prints the resolved configuration")
     log_level: str | None = key(None, maybe(one_of("debug", "info", "warning", "error", "critical", any_case=True)), "yes", "of fds's logger")
     tensorboard: TensorBoard = section(TensorBoard)
