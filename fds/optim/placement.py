@@ -12,6 +12,7 @@ from fds.layout import Part
 from fds.optim.base import Axis, Member, Norm, Optimizer, check_like
 from fds.optim.by_leaf import check_shards, messages, sharded_by_leaf
 from fds.sharding import collectives
+from fds.sharding.mesh import check_axis
 from fds.sharding.zero import pieces, shard_boxes, shard_of
 
 
@@ -34,6 +35,7 @@ def sharded(tx: Optimizer, axis: Axis, *, bucket_bytes: int = 2**25, sum_dtype: 
 
     Raises `ValueError` for a `tx` that is sharded already, and for gradients that did not go through `reduce`.
     """
+    check_axis("sharded", axis)
     if bucket_bytes < 1:
         raise ValueError(f"sharded: bucket_bytes={bucket_bytes!r}, required a number of bytes >= 1")
     if sum_dtype is not None and not sum_dtype.is_floating_point:

@@ -83,6 +83,8 @@ def test_sharded_takes_reduced_gradients_once():
         tx.update(tx.reduce({"w": torch.ones(3).bfloat16()}), tx.init(P), P)
     with pytest.raises(ValueError, match="sharded already"):
         optim.sharded(tx, ONE)
+    with pytest.raises(ValueError, match="required an axis of a mesh"):
+        optim.sharded(optim.adamw(0.1), {"dp": ONE})
 
 
 @pytest.mark.parametrize("leaves", [1, 6])
