@@ -289,11 +289,17 @@ def _behind(group: Json) -> str:
     )
 
 
+def of_floor(group: Json, contender: Json) -> float:
+    """The floor of a token, bytes over the bandwidth of reading, by its time: each round by its own bandwidth, and of these the median."""
+    return median(
+        group["bytes"] / rate / token for rate, token in zip(group["read_bytes_s"], contender["token_s"], strict=True)
+    )
+
+
 def generate(result: Json) -> str:
     """Prefill and decode of each contender, and how near decoding is to the bandwidth of the memory."""
-    rate = result["read_bytes_s"]
     parts = [
-        f"{_machine(result)}\n\nCommit {result['commit']}, medians of {result['rounds']} rounds in which all take turns, 2 threads. Reading 1 GiB: {rate / GB:.1f} GB/s."
+        f"{_machine(result)}\n\nCommit {result['commit']}, medians of {result['rounds']} rounds in which all take turns, 2 threads."
     ]
     for group in result["groups"]:
         rows = list[list[str]]()
@@ -303,11 +309,11 @@ def generate(result: Json) -> str:
                 rows.append([name, f"did not run: `{c['error']}`", *[""] * 5])
                 continue
             token, prefill = median(c["token_s"]), median(c["prefill_s"])
-            floor = "" if "int8" in name else f"{group['bytes'] / rate / token:.0%}"
+            floor = "" if "int8" in name else f"{of_floor(group, c):.0%}"
             rows.append([name, f"{c['first_s']:.1f}", f"{prefill * 1e3:.0f}", f"{group['rows'] / token:.1f}", f"{1 / token / best:.2f}" if best else "", floor, f"{group['same_tokens'].get(name, 0):.0%}"])  # fmt: skip
         head = ["", "first call, s", f"prompt of {group['prompt']}, ms", "tokens/s", "times the better peer", "of the floor", "same tokens"]  # fmt: skip
         parts.append(
-            f"### {group['size']} Llama ({group['parameters']:,} parameters), {group['dtype']}, {group['rows']} row{'s'[: group['rows'] > 1]}\n\n{table(head, rows)}"
+            f"### {group['size']} Llama ({group['parameters']:,} parameters), {group['dtype']}, {group['rows']} row{'s'[: group['rows'] > 1]}\n\nReading 1 GiB, by rounds: {min(group['read_bytes_s']) / GB:.1f} to {max(group['read_bytes_s']) / GB:.1f} GB/s.\n\n{table(head, rows)}"
         )
     return "\n\n".join(parts)
 
