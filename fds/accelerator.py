@@ -45,7 +45,7 @@ def get_accelerator() -> "Accelerator":
     True
     """
     name = chosen(os.environ)
-    found = torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True)  # a build for CUDA runs where no GPU is, too
     return of(name or ("cpu" if found is None else found.type), asked=name is not None)
 
 

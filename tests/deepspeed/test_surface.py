@@ -30,6 +30,13 @@ def test_the_environment_chooses(monkeypatch, name):
     assert get_accelerator() == Accelerator("cpu")
 
 
+def test_a_build_for_cuda_without_a_gpu_is_a_processor(monkeypatch):
+    """torch names what it was built for, unless it is asked to look."""
+    built = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else built)  # fmt: skip
+    assert get_accelerator() == Accelerator("cpu")
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
