@@ -10,6 +10,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from fds import tree
+
 _LARGEST = 2.0**126  # its reciprocal is the smallest normal number of float32
 
 
@@ -70,13 +72,8 @@ class DynamicLossScale:
         if not _is_int(power) or not -126 <= power <= 126:
             raise ValueError(f"DynamicLossScale: initial_power={power!r}, required a whole number from -126 to 126")
         for name in ("window", "hysteresis"):
-            value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                raise ValueError(f"DynamicLossScale: {name}={value!r}, required a whole number >= 1")
-        if not isinstance(self.consecutive_hysteresis, bool):
-            raise ValueError(
-                f"DynamicLossScale: consecutive_hysteresis={self.consecutive_hysteresis!r}, required True or False"
-            )
+            tree.positive(f"DynamicLossScale: {name}", getattr(self, name))
+        tree.switch("DynamicLossScale: consecutive_hysteresis", self.consecutive_hysteresis)
         if not _is_positive(least) or least > 2.0**power:
             raise ValueError(
                 f"DynamicLossScale: minimum={least!r}, required a number > 0 and not above the first scale, 2**initial_power = {2.0**power:g}"

@@ -100,8 +100,7 @@ def save_state(
         }
         if keep is not None and (type(keep) is not int or keep < 1):
             raise ValueError(f"{what}: keep={keep!r}, required a number of saves >= 1, or None for all")
-        if not isinstance(asynchronous, bool):
-            raise ValueError(f"{what}: asynchronous={asynchronous!r}, required True or False")
+        tree.switch(f"{what}: asynchronous", asynchronous)
     _check_same(what, {**manifest, "keep": keep, "asynchronous": asynchronous})
     _check_replicas(what, step, entries, tensors)
     folder, name = prepare(directory), ""

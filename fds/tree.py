@@ -276,6 +276,18 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}, required a whole number >= 1")
 
 
+def switch(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is a boolean: "no" would be true.
+
+    >>> switch("fuse", "no")
+    Traceback (most recent call last):
+    ...
+    ValueError: fuse='no', required True or False
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}, required True or False")
+
+
 def check_like(
     tree: Mapping[str, Mapping[str, Tensor]], spec: Mapping[str, Mapping[str, Tensor]], *, what: str
 ) -> None:

@@ -160,8 +160,7 @@ def hybrid(
             f"hybrid: got {type(train).__name__}, required a program; fds.functionalize(model) makes one of a module"
         )
     for name, value in (("release_inference_cache", release_inference_cache), ("pin_parameters", pin_parameters), ("fuse", fuse)):  # fmt: skip
-        if type(value) is not bool:
-            raise ValueError(f"hybrid: {name}={value!r}, required True or False")
+        tree.switch(f"hybrid: {name}", value)
     for name, value in (("max_out_tokens", max_out_tokens), ("inference_tp_size", inference_tp_size), ("tp_gather_partition_size", tp_gather_partition_size)):  # fmt: skip
         tree.positive(f"hybrid: {name}", value)
     if serve is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from fds import tree
 from fds.frame import Apply, scoped
 from fds.layout import Held
 from fds.program import Lens, Program
@@ -40,8 +41,7 @@ def tensor_parallel(axis: Axis, plan: Mapping[str, str] | None = None, *, sequen
     check_axis("tensor_parallel", axis)
     if plan is not None and not isinstance(plan, Mapping):
         raise ValueError(f"tensor_parallel: plan={plan!r}, required styles by pattern, as {{'*.up_proj': 'column', '*.down_proj': 'row'}}")  # fmt: skip
-    if not isinstance(sequence, bool):
-        raise ValueError(f"tensor_parallel: sequence={sequence!r}, required True or False")
+    tree.switch("tensor_parallel: sequence", sequence)
     options: dict[str, Any] = {"axis": axis}
     options |= {"plan": dict(plan)} if plan is not None else {}
     options |= {"sequence": True} if sequence else {}
